@@ -1,0 +1,276 @@
+"""Causal video autoencoding shared by the appearance VAE and the geometry adapter.
+
+A clip of 4k+1 frames becomes k+1 latent frames. It is processed in chunks: first one frame alone,
+then four video frames (or one latent frame) at a time. Every temporal convolution looks only
+backwards, and what it must remember of earlier chunks lies in a `ChunkCache` that the caller passes
+along: modules hold no state, so encodes and decodes may interleave. Chunks of 4n video frames or n
+latent frames give the same values as n single chunks; only the first chunk (one frame) is special,
+because the temporal resampling leaves it alone.
+
+Source: Wan2.1 VAE (arXiv 2503.20314) and behaviour numbers 4 and 5 of the reference notes:
+latents are scaled means, log variances are not rescaled, downsampling pads right and bottom only.
+
+Sizes in the comments: B batch, C channels, T frames, H and W pixels or token rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gen3r_kernels import Backends, attention, rms_norm_silu
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal normal distribution over scaled latents.
+
+    mean is (mu - latents_mean) / latents_std; logvar is clamped to [-30, 20] and not rescaled.
+    """
+
+    mean: Tensor  # [B, z, t, h, w]
+    logvar: Tensor  # [B, z, t, h, w]
+
+    def sample(
+        self,
+        noise: Tensor,  # [B, z, t, h, w] standard normal
+    ) -> Tensor:  # [B, z, t, h, w]
+        """mean + exp(logvar / 2) * noise."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def mode(self) -> Tensor:  # [B, z, t, h, w]
+        """The mean."""
+        return self.mean
+
+
+class ChunkCache:
+    """What the temporal convolutions of one encoder or decoder remember between chunks.
+
+    One slot per convolution, numbered in the order of definition. A slot holds the last one or two
+    input frames, [B, C, 1 or 2, H, W]. The list is replaced entry by entry and no tensor is written
+    in place, so `list(cache.tensors)` is a snapshot.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.tensors: list[Tensor | None] = [None] * slots
+        self.started = False
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> ChunkCache:
+        """The cache of a clip under way, from what `flatten` returned."""
+        cache = cls(0)
+        cache.tensors = list(tensors)
+        cache.started = True
+        return cache
+
+    def flatten(self) -> list[Tensor]:
+        """The slots as a list of tensors ("cache out" of an exported chunk step).
+
+        Raises
+        ------
+        ValueError : nothing has been processed yet.
+        """
+        filled = [t for t in self.tensors if t is not None]
+        if not self.started or len(filled) != len(self.tensors):
+            raise ValueError("the chunk cache is empty; process the first frame before flattening")
+        return filled
+
+    def extend(
+        self,
+        slot: int,
+        x: Tensor,  # [B, C, T, H, W]
+        frames: int,
+    ) -> Tensor:  # [B, C, frames + T, H, W]
+        """x behind the remembered frames (zeros at first); its last frames are remembered."""
+        past = self.tensors[slot]
+        if past is None:
+            past = _zero_frames(x, frames)
+        joined = torch.cat([past, x], dim=2)
+        self.remember(slot, joined, frames)
+        return joined
+
+    def remember(
+        self,
+        slot: int,
+        x: Tensor,  # [B, C, T, H, W]
+        frames: int,
+    ) -> None:
+        """Keep the last frames of x. A copy: a view would hold the whole chunk in memory."""
+        self.tensors[slot] = x[:, :, -frames:].clone()
+
+    def forget(
+        self,
+        slot: int,
+        x: Tensor,  # [B, C, T, H, W]
+        frames: int,
+    ) -> None:
+        """Remember zeros of x's size."""
+        self.tensors[slot] = _zero_frames(x, frames)
+
+
+def _zero_frames(x: Tensor, frames: int) -> Tensor:
+    return x.new_zeros(*x.shape[:2], frames, *x.shape[3:])
+
+
+class CachedConv3d(nn.Conv3d):
+    """A convolution with memory. `slot` is its place in the chunk cache, see `number_slots`."""
+
+    slot: int = -1
+
+
+def number_slots(module: nn.Module) -> int:
+    """Give every convolution with memory inside `module` its slot; returns their number."""
+    cached = [m for m in module.modules() if isinstance(m, CachedConv3d)]
+    for slot, conv in enumerate(cached):
+        conv.slot = slot
+    return len(cached)
+
+
+class CausalConv3d(CachedConv3d):
+    """A 3x3x3 convolution over a frame and the two before it; zero padding in space, size kept."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=(0, 1, 1))
+
+    def forward(  # type: ignore[override]  # the cache is an argument here
+        self,
+        x: Tensor,  # [B, Cin, T, H, W]
+        cache: ChunkCache,
+    ) -> Tensor:  # [B, Cout, T, H, W]
+        return super().forward(cache.extend(self.slot, x, 2))
+
+
+class TemporalHalving(CachedConv3d):
+    """Two frames become one, after the first frame, which passes unchanged but is remembered."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,  # [B, C, T, H, W]
+        cache: ChunkCache,
+    ) -> Tensor:  # [B, C, 1 if first else T / 2, H, W]
+        if not cache.started:
+            cache.remember(self.slot, x, 1)
+            return x
+        return super().forward(cache.extend(self.slot, x, 1))
+
+
+class TemporalDoubling(CachedConv3d):
+    """One frame becomes two, after the first, which passes unchanged and is not remembered."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 2 * channels, (3, 1, 1))
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,  # [B, C, T, H, W]
+        cache: ChunkCache,
+    ) -> Tensor:  # [B, C, 1 if first else 2 T, H, W]
+        if not cache.started:
+            cache.forget(self.slot, x, 2)
+            return x
+        # Channels [0, C) are the earlier frame of each pair, [C, 2C) the later one.
+        pairs = super().forward(cache.extend(self.slot, x, 2)).unflatten(1, (2, -1))
+        return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMSNorm over channels at every position, with SiLU unless told otherwise."""
+
+    def __init__(self, channels: int, *, video: bool = True) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * (3 if video else 2)))
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, T, H, W], or [B, C, H, W] if not video
+        silu: bool = True,
+    ) -> Tensor:  # shape and dtype of x
+        return rms_norm_silu(x, self.gamma, silu)
+
+
+def norm_silu_conv(
+    x: Tensor,  # [B, Cin, T, H, W]
+    norm: ChannelRMSNorm,
+    conv: CausalConv3d,
+    cache: ChunkCache,
+) -> Tensor:  # [B, Cout, T, H, W]
+    """Norm, SiLU and causal convolution: nearly all work of the autoencoders passes here."""
+    return conv(norm(x), cache)
+
+
+def per_frame(
+    function: Callable[[Tensor], Tensor],  # [B * T, C, H, W] -> [B * T, C', H', W']
+    x: Tensor,  # [B, C, T, H, W]
+) -> Tensor:  # [B, C', T, H', W']
+    """Apply an image function to every frame."""
+    batch = x.shape[0]
+    return function(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1x1 convolution of x where widths differ.
+
+    The keys 0, 2, 3, 6 are the parameter names of the published weights.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": ChannelRMSNorm(in_channels),
+                "2": CausalConv3d(in_channels, out_channels),
+                "3": ChannelRMSNorm(out_channels),
+                "6": CausalConv3d(out_channels, out_channels),
+            }
+        )
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, Cin, T, H, W]
+        cache: ChunkCache,
+    ) -> Tensor:  # [B, Cout, T, H, W]
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        y = norm_silu_conv(x, norm1, conv1, cache)
+        y = norm_silu_conv(y, norm2, conv2, cache)
+        return self.shortcut(x) + y
+
+
+class FrameAttention(nn.Module):
+    """x + proj(attention(norm(x))): one head as wide as the channels, within each frame."""
+
+    # The single head is 384 wide at the real size. The half-precision kernels (cudnn, fa2, fa3) end
+    # at 128 or 256, so the backend that a user picks for the transformer must not reach this block:
+    # it always takes the default, sdpa. It is below 1 % of the arithmetic.
+    _backends = Backends()
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelRMSNorm(channels, video=False)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, T, H, W]
+        cache: ChunkCache,
+    ) -> Tensor:  # [B, C, T, H, W]
+        return x + per_frame(self._attend, x)
+
+    def _attend(
+        self,
+        x: Tensor,  # [N, C, H, W]
+    ) -> Tensor:  # [N, C, H, W]
+        qkv = self.to_qkv(self.norm(x, silu=False))
+        # Channels last: sdpa's fused kernels ask for it and would fall back to a full score matrix.
+        rows = qkv.flatten(2).transpose(1, 2).contiguous().unsqueeze(2)
+        q, k, v = rows.chunk(3, dim=-1)  # [N, HW, 1, C]
+        out = attention(q, k, v, self._backends)
+        return self.proj(out.squeeze(2).transpose(1, 2).unflatten(2, x.shape[2:]))

@@ -1,0 +1,316 @@
+"""Published folder <-> modules: resolve, check against the expected tensors, stream, save.
+
+Layout (diffusers plus ``vggt/``): one folder per component with config.json and safetensors, tokenizer/,
+scheduler/, model_index.json. Every component is built on the meta device and filled tensor by tensor in
+the asked dtype on the asked device, so the host never holds a float32 copy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gen3r import encoders
+from gen3r.components import COMPONENTS, Component
+from gen3r.config import ComponentConfig, Gen3RConfig
+from gen3r.schedulers import make_euler_scheduler
+from gen3r_kernels import Backends
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+class CheckpointError(ValueError):
+    """A folder that does not hold a loadable Gen3R checkpoint; the message lists every problem."""
+
+
+def resolve_checkpoint(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A local folder as it is, or a hub id downloaded into the hub's cache.
+
+    Raises
+    ------
+    CheckpointError : neither an existing folder nor a hub id that can be had.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise CheckpointError(f"{name} is not a folder; give a checkpoint folder or a hub id")
+    try:
+        downloaded = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=["*.json", "*.safetensors", "tokenizer/*"],
+        )
+    except Exception as error:  # the hub client raises a family of its own and of its transport
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name} is no local folder and could not be had from the hub: {reason}"
+        ) from error
+    return Path(downloaded)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One file of a component and the tensor names in it, as upstream spells them."""
+
+    path: Path
+    names: Mapping[str, str]  # upstream name -> name in the file
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def _read_headers(
+    component: Component, folder: Path, allow_pickle: bool
+) -> tuple[list[TensorFile], list[str]]:
+    """Names and shapes of every tensor of a component's folder, and the files that cannot be read."""
+    paths = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+    if not paths and pickles and not allow_pickle:
+        return [], [
+            f"only pickle files ({pickles[0].name}); convert them to safetensors, or allow "
+            "weights-only pickle loading (allow_pickle=True, --allow_pickle)"
+        ]
+    problems, files = [], []
+    for path in paths or pickles:
+        try:
+            shapes = _shapes(path)
+        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+            problems.append(f"{path.name} cannot be read ({error}); download it again")
+            continue
+        add = component.prefix and not any(n.startswith(component.prefix) for n in shapes)
+        names = {(component.prefix + n if add else n): n for n in shapes}
+        files.append(TensorFile(path, names, {u: shapes[n] for u, n in names.items()}))
+    if not paths and not pickles:
+        problems.append("no safetensors files")
+    return files, problems
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as handle:
+            return {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()}  # noqa: SIM118
+    return {n: tuple(t.shape) for n, t in _load_pickle(path).items()}
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {n: t for n, t in state.items() if isinstance(t, Tensor)}
+
+
+def _tensors(file: TensorFile, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    if file.path.suffix != ".safetensors":
+        state = _load_pickle(file.path)
+        yield from ((upstream, state[name]) for upstream, name in file.names.items())
+        return
+    with safe_open(file.path, "pt", device=str(device)) as handle:
+        for upstream, name in file.names.items():
+            yield upstream, handle.get_tensor(name)
+
+
+def compare_names(
+    component: Component,
+    expected: Mapping[str, tuple[int, ...]],
+    files: list[TensorFile],
+) -> list[str]:
+    """Every missing, unexpected and mis-shaped tensor, one line each."""
+    found = {name: shape for file in files for name, shape in file.shapes.items()}
+    problems = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in found]
+    for name, shape in found.items():
+        if name not in expected:
+            if not component.is_tolerated(name):
+                problems.append(f"unexpected {name} {list(shape)}")
+        elif shape != expected[name]:
+            problems.append(f"shape of {name} is {list(shape)}, expected {list(expected[name])}")
+    return problems
+
+
+def read_config(component: Component, folder: Path) -> ComponentConfig:
+    """The component's config.json, or its defaults when there is none.
+
+    Raises
+    ------
+    ValueError : malformed JSON or values that do not describe a model.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return component.config()
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config.json is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError("config.json does not hold an object")
+    return component.config.from_dict(values)
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """What `inspect_checkpoint` found in one component's folder."""
+
+    name: str
+    ok: bool
+    detail: str
+    problems: list[str]
+    config: ComponentConfig | None = None
+    files: list[TensorFile] = field(default_factory=list)
+
+
+def inspect_component(name: str, folder: Path, allow_pickle: bool = False) -> ComponentReport:
+    """Compare one component's files with what its config needs, reading headers only."""
+    component, path = COMPONENTS[name], folder / name
+    if not path.is_dir():
+        return ComponentReport(name, False, "missing", [f"folder {path} is missing"])
+    try:
+        config = read_config(component, path)
+        expected = component.expected(config)
+    except (ValueError, TypeError) as error:
+        return ComponentReport(name, False, "bad config", [str(error)])
+    files, problems = _read_headers(component, path, allow_pickle)
+    if not problems:
+        problems = compare_names(component, expected, files)
+    total = sum(torch.Size(s).numel() for s in expected.values())
+    detail = f"{len(expected)} tensors, {total / 1e6:,.1f} M parameters, {len(files)} file(s)"
+    return ComponentReport(name, not problems, detail, problems, config, files)
+
+
+def inspect_checkpoint(folder: Path, allow_pickle: bool = False) -> list[ComponentReport]:
+    """Check all components, the tokenizer and the scheduler of a checkpoint folder."""
+    reports = [inspect_component(name, folder, allow_pickle) for name in COMPONENTS]
+    for name, load in (("tokenizer", load_tokenizer), ("scheduler", load_scheduler)):
+        try:
+            loaded = load(folder)
+        except CheckpointError as error:
+            reports.append(ComponentReport(name, False, "missing or broken", [str(error)]))
+        else:
+            reports.append(ComponentReport(name, True, type(loaded).__name__, []))
+    return reports
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder. CheckpointError when it is missing or broken."""
+    path = folder / "tokenizer"
+    if not path.is_dir():
+        raise CheckpointError(f"folder {path} is missing")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # tokenizer back ends raise types of their own
+        raise CheckpointError(f"tokenizer in {path} cannot be loaded ({error})") from error
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler's config of a checkpoint folder, upstream's when the folder has none."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return make_euler_scheduler()
+    try:
+        values = json.loads(path.read_text())
+        return FlowMatchEulerDiscreteScheduler.from_config(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a scheduler config ({error})") from error
+
+
+def load_component(
+    report: ComponentReport, dtype: torch.dtype, device: torch.device, backends: Backends
+) -> nn.Module:
+    """Build a component on meta and fill it from its files, tensor by tensor."""
+    component = COMPONENTS[report.name]
+    with torch.device("meta"):
+        module = component.build(report.config, backends)
+    expected = component.expected(report.config) if report.config else {}
+    state: dict[str, Tensor] = {}
+    for file in report.files:
+        for name, tensor in _tensors(file, device):
+            if name not in expected:
+                continue
+            pairs = (
+                [(name, tensor)]
+                if component.keys is None
+                else component.keys.from_upstream(name, tensor)
+            )
+            for ours, value in pairs:
+                state[ours] = _owned(value, dtype, device)
+    if component.keys is not None:
+        state |= {name: state[source] for name, source in component.keys.tied.items()}
+    module.load_state_dict(state, strict=True, assign=True)
+    if component.keys is not None:
+        encoders.finish(module)
+    return module.eval().requires_grad_(False)
+
+
+def _owned(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor in its own memory: a view would keep a larger tensor or the mapped file alive."""
+    moved = tensor.to(device, dtype)
+    return (
+        moved.clone()
+        if moved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        else moved
+    )
+
+
+def load_pipeline_parts(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: Backends,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Everything a `Gen3RPipeline` is made of, as keyword arguments.
+
+    Raises
+    ------
+    CheckpointError : all problems of all components in one message, before anything is loaded.
+    """
+    reports = inspect_checkpoint(folder, allow_pickle)
+    problems = [f"{r.name}: {p}" for r in reports for p in r.problems]
+    if problems:
+        raise CheckpointError(f"{folder}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    ours = read_own_values(folder)
+    configs = {r.name: r.config for r in reports if r.name in COMPONENTS}
+    config = Gen3RConfig(
+        **configs,  # type: ignore[arg-type]
+        **{k: v for k, v in ours.items() if k in ("num_frames", "size")},
+    )
+    load = partial(load_component, dtype=dtype, device=device, backends=backends)
+    return {
+        "config": config,
+        **{r.name: load(r) for r in reports if r.name in COMPONENTS},
+        "tokenizer": load_tokenizer(folder),
+        "scheduler": load_scheduler(folder),
+        "untrained": bool(ours.get("untrained", False)),
+    }
+
+
+def read_own_values(folder: Path) -> dict[str, Any]:
+    """What this project adds to model_index.json: num_frames, size, untrained. {} when nothing.
+
+    Raises
+    ------
+    CheckpointError : a model_index.json that is not JSON.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()).get("_gen3r_engine", {}))
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a model index ({error})") from error

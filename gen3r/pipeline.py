@@ -1,0 +1,401 @@
+"""Gen3RPipeline: requests in, scenes out. Plain orchestration of `gen3r.stages`, in diffusers' manner.
+
+pipe = Gen3RPipeline.from_pretrained("/path/to/gen3r", torch_dtype=torch.bfloat16, device="cuda")
+scene = pipe(prompt="a stone arena", images=[Image.open("photo.png")], cameras="zoom_in")
+scene.save("outputs/arena")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from gen3r import stages
+from gen3r.appearance_vae import AppearanceVAE
+from gen3r.conditioning import control_video, prepare_views
+from gen3r.config import Gen3RConfig
+from gen3r.encoders import tokenize_and_encode
+from gen3r.geometry_adapter import GeometryAdapter
+from gen3r.scene import Cameras, ImageLike, Scene, SceneRequest
+from gen3r.schedulers import make_schedule
+from gen3r.transformer import Conditions, WanTransformer
+from gen3r.vggt import VGGT
+from gen3r_kernels import Backends
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+STAGES = ("encode text", "encode views", "denoise", "decode appearance", "decode geometry")
+MODULES = (
+    *("transformer", "wan_vae", "geo_adapter"),
+    *("vggt", "text_encoder", "clip_image_encoder"),
+)
+
+
+@dataclass
+class _Run:
+    """Book-keeping of one call: seconds per stage and progress events."""
+
+    device: torch.device
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        self.report(name, 0, total)
+        start = time.perf_counter()
+        yield lambda done: self.report(name, done, total)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.report(name, total, total)
+
+
+@dataclass
+class Gen3RPipeline:
+    """The six components, the tokenizer and the scheduler, on one device.
+
+    `untrained` marks a model whose weights are random (the embedded one).
+    """
+
+    config: Gen3RConfig
+    transformer: WanTransformer
+    wan_vae: AppearanceVAE
+    geo_adapter: GeometryAdapter
+    vggt: VGGT
+    text_encoder: UMT5EncoderModel
+    clip_image_encoder: CLIPVisionModel
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: FlowMatchEulerDiscreteScheduler
+    untrained: bool = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        backends: Backends | None = None,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load a published folder (diffusers layout plus ``vggt/``) or hub id.
+
+        Modules are built without memory and filled tensor by tensor in `torch_dtype` on `device`.
+        Hub downloads honour HF_HOME and HF_HUB_OFFLINE. `allow_pickle` accepts ``.pth``/``.bin`` files
+        through ``torch.load(weights_only=True)``.
+
+        Raises
+        ------
+        CheckpointError : every missing folder and every missing, unexpected or mis-shaped tensor,
+            by component, in one message.
+        """
+        from gen3r.checkpoint import load_pipeline_parts, resolve_checkpoint
+
+        folder = resolve_checkpoint(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        parts = load_pipeline_parts(
+            folder, torch_dtype, torch.device(device), backends or Backends(), allow_pickle
+        )
+        return cls(**parts)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the published folder layout with upstream's parameter names, sharded at 10 GB."""
+        from gen3r.checkpoint_save import save_pipeline
+
+        save_pipeline(self, Path(save_directory))
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move every component, as ``torch.nn.Module.to``."""
+        for name in MODULES:
+            getattr(self, name).to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str = "",
+        images: Sequence[ImageLike] | ImageLike | None = None,
+        task: str | None = None,
+        cameras: str | Cameras = "free",
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        negative_prompt: str = "bad detailed",
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,  # [B, 16, f, h, 2 w] initial noise
+        callback_on_step_end: Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor]]
+        | None = None,
+        output_type: str = "scene",
+        *,
+        seed: int = 42,
+        requests: Sequence[SceneRequest] | None = None,
+        solver: str = "euler",
+        shift: float = 5.0,
+        point_maps: bool = False,
+        posterior_noise: Tensor | None = None,  # [B, 16, f, h, w]
+        progress: Progress | None = None,
+    ) -> Scene | list[Scene] | Tensor:
+        """Generate one scene, or with `requests` a list of them as one batch.
+
+        Without `generator` every request draws from its own generator, seeded with its seed on the
+        pipeline's device, so a scene does not depend on what it is batched with. `callback_on_step_end`
+        is called as ``f(pipe, step, timestep, {"latents": x})`` and may return replaced latents.
+        `output_type` is ``scene``, or ``latent`` for the joint latents [B, 16, f, h, 2 w].
+
+        Raises
+        ------
+        ValueError : fields outside their limits, or requests that cannot share a batch.
+        """
+        if output_type not in ("scene", "latent"):
+            raise ValueError(f"output_type '{output_type}' is unknown; known: scene, latent")
+        single = requests is None
+        if requests is None:
+            if images is None:
+                raise ValueError("no images given: pass images=[...] or requests=[...]")
+            if not isinstance(images, (list, tuple)):
+                images = [images]
+            requests = [
+                SceneRequest(
+                    images=images,
+                    prompt=prompt,
+                    task=task,
+                    cameras=cameras,
+                    num_frames=num_frames or self.config.num_frames,
+                    height=height or self.config.size,
+                    width=width or self.config.size,
+                    negative_prompt=negative_prompt,
+                    seed=seed,
+                )
+            ]
+        check_batch(requests)
+        run = _Run(self.device, progress)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        noise, draws = self._noise(requests, generator, latents, posterior_noise)
+        texts = self._encode_text(run, requests, guidance_scale > 1)
+        conditions = self._condition(run, requests, texts, draws)
+
+        def on_step(index: int, timestep: float, x: Tensor) -> Tensor | None:
+            tick(index + 1)
+            if callback_on_step_end is None:
+                return None
+            return callback_on_step_end(self, index, timestep, {"latents": x}).get("latents")
+
+        with run.stage("denoise", num_inference_steps) as tick:
+            schedule = make_schedule(solver, num_inference_steps, shift=shift, euler=self.scheduler)
+            joint = stages.denoise(
+                self.transformer, conditions, noise, schedule, guidance_scale, on_step
+            )
+        if output_type == "latent":
+            return joint
+        scenes = self._decode(run, requests, joint, point_maps)
+        for scene in scenes:
+            scene.info.update(
+                steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                solver=solver,
+                batch=len(requests),
+            )
+        return scenes[0] if single else scenes
+
+    def _noise(
+        self,
+        requests: Sequence[SceneRequest],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+        posterior_noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Initial noise and posterior draws, per request in upstream's order and dtype."""
+        if generator is None:
+            generators = [torch.Generator(self.device).manual_seed(r.seed) for r in requests]
+        elif isinstance(generator, torch.Generator):
+            generators = [generator] * len(requests)
+        else:
+            generators = list(generator)
+        if len(generators) != len(requests):
+            raise ValueError(f"{len(generators)} generators for {len(requests)} requests")
+        shape = stages.latent_shape(
+            requests[0].num_frames,
+            requests[0].height,
+            requests[0].width,
+            self.config.transformer.out_dim,
+        )
+        half = (*shape[:2], requests[0].height // 8, requests[0].width // 8)
+        noise, draws = [], []
+        for g in generators:
+            if latents is None:
+                noise.append(_normal(shape, g, self.device, self.dtype))
+            if posterior_noise is None:
+                draws.append(_normal(half, g, self.device, self.dtype))
+        start = torch.stack(noise) if latents is None else latents
+        posterior = torch.stack(draws) if posterior_noise is None else posterior_noise
+        for name, value, expected in (
+            ("latents", start, shape),
+            ("posterior_noise", posterior, half),
+        ):
+            if value.shape != (len(requests), *expected):
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)}, expected {[len(requests), *expected]}"
+                )
+        return start.to(self.device, torch.float32), posterior.to(self.device)
+
+    def _encode_text(
+        self, run: _Run, requests: Sequence[SceneRequest], guided: bool
+    ) -> list[Tensor]:
+        """Text features per row, the negative rows first; equal prompts are encoded once."""
+        rows = [r.negative_prompt for r in requests] if guided else []
+        rows += [r.prompt for r in requests]
+        unique = list(dict.fromkeys(rows))
+        with run.stage("encode text", len(unique)):
+            encoded = tokenize_and_encode(
+                self.tokenizer, self.text_encoder, unique, self.config.transformer.text_len
+            )
+        return [encoded[unique.index(row)] for row in rows]
+
+    def _condition(
+        self, run: _Run, requests: Sequence[SceneRequest], texts: list[Tensor], draws: Tensor
+    ) -> Conditions:
+        """Encode views and cameras and project them for the transformer."""
+        frames, height, width = requests[0].num_frames, requests[0].height, requests[0].width
+        videos, packed = [], []
+        with run.stage("encode views", len(requests)) as tick:
+            for index, request in enumerate(requests):
+                # An all-view request may hold more frames than it uses.
+                used = request.images[:frames] if request.task == "allview" else request.images
+                views = prepare_views(used, height, width).to(self.device)
+                path = stages.camera_path(request, views, self.vggt)
+                videos.append(control_video(views, request.task or "", frames))
+                packed.append(
+                    stages.encode_cameras(path, frames, height, width, self.device, self.dtype)
+                )
+                tick(index + 1)
+            video = torch.stack(videos)
+            image = stages.embed_views(self.clip_image_encoder, video[:, :, 0])
+            control = stages.encode_control(
+                self.wan_vae, video, [r.task or "" for r in requests], draws
+            )
+            repeats = len(texts) // len(requests)
+            conditions = self.transformer.condition(
+                texts, *(torch.cat([x] * repeats) for x in (image, control, torch.cat(packed)))
+            )
+        return conditions
+
+    def _decode(
+        self, run: _Run, requests: Sequence[SceneRequest], joint: Tensor, point_maps: bool
+    ) -> list[Scene]:
+        """Joint latents to scenes on the host."""
+        height, width = requests[0].height, requests[0].width
+        appearance, geometry = stages.split_latents(joint, height, width)
+        scenes = []
+        for index, request in enumerate(requests):
+            row = slice(index, index + 1)
+            with run.stage("decode appearance", 1):
+                rgb = stages.decode_appearance(self.wan_vae, appearance[row])
+                # Truncated, not rounded, as upstream's rgb.mp4.
+                pixels = (rgb[0] * 255).to(torch.uint8).cpu()
+            with run.stage("decode geometry", 1):
+                g = stages.decode_geometry(
+                    self.geo_adapter,
+                    self.vggt,
+                    geometry[row],
+                    height,
+                    width,
+                    point_maps=point_maps,
+                )
+                scenes.append(_to_scene(pixels, g))
+            scenes[-1].info.update(
+                task=request.task,
+                seed=request.seed,
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                num_frames=request.num_frames,
+                height=height,
+                width=width,
+                dtype=str(self.dtype).removeprefix("torch."),
+                device=_device_name(self.device),
+                seconds=run.seconds,
+                peak_memory_gib=_peak_memory(self.device),
+            )
+        return scenes
+
+
+def check_batch(requests: Sequence[SceneRequest]) -> None:
+    """Raise ValueError unless the requests are one size and length."""
+    if not requests:
+        raise ValueError("no requests given")
+    sizes = {(r.num_frames, r.height, r.width) for r in requests}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{f} x {h} x {w}" for f, h, w in sorted(sizes))
+        raise ValueError(
+            f"requests of one batch must agree in frames x height x width, got {listed}; "
+            "run them in separate calls"
+        )
+
+
+def _normal(
+    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Noise drawn on the generator's own device, then moved."""
+    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    return drawn.to(device)
+
+
+def _to_scene(rgb: Tensor, g: stages.Geometry) -> Scene:
+    from gen3r.cameras import to_homogeneous
+
+    def host(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[0].float().cpu()
+
+    return Scene(
+        rgb=rgb,
+        depth=g.depth[0].cpu(),
+        depth_confidence=g.confidence[0].cpu(),
+        extrinsics=to_homogeneous(g.extrinsics[0]).cpu(),
+        intrinsics=g.intrinsics[0].cpu(),
+        points=g.points[0].cpu(),
+        mask=g.mask[0].cpu(),
+        point_map=host(g.point_map),
+        point_confidence=host(g.point_confidence),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: allocated on the GPU during this call, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -1,0 +1,337 @@
+"""The diffusion transformer: Wan2.1 image-to-video with camera control over side-by-side latents.
+
+One token is a 1 x 2 x 2 patch of the joint latents [appearance | geometry]; at 49 frames of 560 x 560
+the grid is 13 x 35 x 70 = 31,850 tokens. Weights and matrix products are in the weights' dtype; the
+residual stream, norms, time embedding and modulation are float32.
+
+Sources: Wan2.1 (arXiv 2503.20314), Gen3R (arXiv 2601.04090); behaviours 2, 3 and 9. Module names are
+the checkpoint's parameter names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gen3r.camera_control import CameraAdapter
+from gen3r.config import TransformerConfig
+from gen3r.rope import rope_table
+from gen3r_kernels import (
+    Backends,
+    attention,
+    cross_attention,
+    gated_residual,
+    layer_norm_modulate,
+    rms_norm,
+    rms_norm_rope,
+)
+
+Norm = dict[str, Tensor | None]  # keyword arguments of layer_norm_modulate: scale and shift
+
+
+class RMSNorm(nn.Module):
+    """Holds the gain of an RMSNorm; the operators compute it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """All that does not change between denoising steps.
+
+    text : [B, text_len, C] projected text, padding included
+    image : [B, 257, C] projected image tokens
+    cameras : [B, C, f, h, w] camera features on the token grid, or None
+    control : [B, in_dim - out_dim, f, 2h, 2w] control latents and mask
+    """
+
+    text: Tensor
+    image: Tensor
+    cameras: Tensor | None
+    control: Tensor
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config, self.backends = config, backends
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, S, C]
+        rope: tuple[Tensor, Tensor],  # cos, sin, each [S, D / 2]
+    ) -> Tensor:  # [B, S, C]
+        heads = self.config.num_heads
+        q, k = rms_norm_rope(
+            self.q(x),
+            self.k(x),
+            self.norm_q.weight,
+            self.norm_k.weight,
+            *rope,
+            num_heads=heads,
+            eps=self.config.eps,
+        )
+        v = self.v(x).unflatten(-1, (heads, -1))
+        return self.o(attention(q, k, v, self.backends).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Text and image attention with separate keys and values, summed before `o`."""
+
+    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config, self.backends = config, backends
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_k_img = RMSNorm(dim)
+
+    def keys_values(
+        self,
+        text: Tensor,  # [B, Lt, C]
+        image: Tensor,  # [B, Li, C]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # k_text, v_text, k_image, v_image: [B, L, H, D]
+        """Constant over the denoising steps."""
+        eps = self.config.eps
+        parts = (
+            rms_norm(self.k(text), self.norm_k.weight, eps),
+            self.v(text),
+            rms_norm(self.k_img(image), self.norm_k_img.weight, eps),
+            self.v_img(image),
+        )
+        k_text, v_text, k_image, v_image = (
+            part.unflatten(-1, (self.config.num_heads, -1)) for part in parts
+        )
+        return k_text, v_text, k_image, v_image
+
+    def forward(
+        self,
+        x: Tensor,  # [B, S, C]
+        keys_values: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> Tensor:  # [B, S, C]
+        q = rms_norm(self.q(x), self.norm_q.weight, self.config.eps)
+        q = q.unflatten(-1, (self.config.num_heads, -1))
+        return self.o(cross_attention(q, *keys_values, self.backends).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each behind a norm.
+
+    The block is given its first norm's output and returns the next block's, so that every residual
+    update runs together with the norm that reads it.
+    """
+
+    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
+        super().__init__()
+        self.config = config
+        self.self_attn = SelfAttention(config, backends)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config, backends)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    def forward(
+        self,
+        stream: Tensor,  # [B, S, C] float32
+        normed: Tensor,  # [B, S, C]
+        modulation: tuple[Tensor, ...],  # 6 x [B, 1, C] float32: shift, scale, gate, twice
+        following: Norm,  # scale and shift of the norm behind this block
+        keys_values: tuple[Tensor, Tensor, Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:  # stream and normed for what follows
+        eps, dtype = self.config.eps, normed.dtype
+        _, _, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        stream, normed = gated_residual(
+            stream,
+            self.self_attn(normed, rope),
+            attention_gate,
+            weight=self.norm3.weight,
+            bias=self.norm3.bias,
+            eps=eps,
+            out_dtype=dtype,
+        )
+        stream, normed = gated_residual(
+            stream,
+            self.cross_attn(normed, keys_values),
+            scale=ffn_scale,
+            shift=ffn_shift,
+            eps=eps,
+            out_dtype=dtype,
+        )
+        return gated_residual(
+            stream, self.ffn(normed), ffn_gate, **following, eps=eps, out_dtype=dtype
+        )
+
+
+class Head(nn.Module):
+    """The last norm's modulation and the projection to patches."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.head = nn.Linear(config.dim, config.out_dim * patch)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+
+class ImageProjection(nn.Module):
+    """CLIP tokens to the transformer's width."""
+
+    def __init__(self, clip_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(clip_dim),
+            nn.Linear(clip_dim, clip_dim),
+            nn.GELU(),
+            nn.Linear(clip_dim, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def sinusoidal_embedding(
+    timesteps: Tensor,  # [B]
+    dim: int,
+) -> Tensor:  # [B, dim] float32: cosines, then sines
+    """Timestep features with frequencies 10000^(-i / (dim / 2)), computed in float64."""
+    half = dim // 2
+    powers = torch.arange(half, device=timesteps.device, dtype=torch.float64) / half
+    angles = timesteps.double()[:, None] * torch.pow(10000.0, -powers)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def pad_text(
+    texts: Sequence[Tensor],  # [n_i, text_dim] each
+    length: int,
+) -> Tensor:  # [B, length, text_dim]
+    """Zero-pad after the text encoder; the padding is projected and attended (behaviour 3)."""
+    return torch.stack([F.pad(t[:length], (0, 0, 0, length - min(len(t), length))) for t in texts])
+
+
+class WanTransformer(nn.Module):
+    """See the module's docstring. `model(...)` predicts the flow's velocity (noise - sample)."""
+
+    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config, self.backends = config, backends
+        self.patch_embedding = nn.Conv3d(
+            config.in_dim, dim, config.patch_size, stride=config.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.img_emb = ImageProjection(config.clip_dim, dim)
+        self.control_adapter = CameraAdapter(
+            config.in_dim_control_adapter, dim, (config.patch_size[1], config.patch_size[2])
+        )
+        self.blocks = nn.ModuleList(Block(config, backends) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    def condition(
+        self,
+        text: Sequence[Tensor],  # [n_i, text_dim] each, n_i <= text_len
+        image: Tensor,  # [B, 257, clip_dim]
+        control: Tensor,  # [B, in_dim - out_dim, f, h, w]
+        cameras: Tensor | None,  # [B, 24, f, 8 h, 8 w]
+    ) -> Conditions:
+        """Project everything that stays the same over the denoising steps."""
+        dtype = self.dtype
+        padded = pad_text([t.to(dtype) for t in text], self.config.text_len)
+        return Conditions(
+            text=self.text_embedding(padded),
+            image=self.img_emb(image.to(dtype)),
+            cameras=None if cameras is None else self.control_adapter(cameras.to(dtype)),
+            control=control.to(dtype),
+        )
+
+    def modulation(
+        self,
+        timesteps: Tensor,  # [B]
+    ) -> tuple[list[tuple[Tensor, ...]], Norm]:
+        """Per block six [B, 1, C] tables, and the head's norm; all float32."""
+        features = sinusoidal_embedding(timesteps, self.config.freq_dim)
+        e = _float32(self.time_embedding, features)
+        e0 = _float32(self.time_projection, e).unflatten(-1, (6, -1))
+        tables = [(block.modulation.float() + e0).split(1, dim=1) for block in self.blocks]
+        shift, scale = (self.head.modulation.float() + e[:, None]).split(1, dim=1)
+        return tables, {"scale": scale, "shift": shift}
+
+    def forward(
+        self,
+        latents: Tensor,  # [B, out_dim, f, h, w] joint latents
+        timesteps: Tensor,  # [B], 0 to 1000
+        conditions: Conditions,
+        side_by_side: bool | None = None,
+    ) -> Tensor:  # [B, out_dim, f, h, w] float32
+        """Velocity of the joint latents.
+
+        side_by_side: whether the width axis holds two halves that share their positions; None takes
+        upstream's rule (token grid height != width).
+
+        Raises
+        ------
+        ValueError : a latent grid that the patch size or the two halves do not divide.
+        """
+        patch = self.config.patch_size
+        if any(n % p for n, p in zip(latents.shape[2:], patch, strict=True)):
+            raise ValueError(
+                f"latent grid {tuple(latents.shape[2:])} is not divisible by the patch {patch}"
+            )
+        x = self.patch_embedding(torch.cat([latents.to(self.dtype), conditions.control], dim=1))
+        if conditions.cameras is not None:
+            x = x + conditions.cameras
+        grid = (x.shape[2], x.shape[3], x.shape[4])
+        rope = rope_table(grid, self.config.head_dim, side_by_side, x.device)
+        tables, head = self.modulation(timesteps)
+
+        stream = x.flatten(2).transpose(1, 2).float()
+        norms: list[Norm] = [{"shift": t[0], "scale": t[1]} for t in tables] + [head]
+        normed = layer_norm_modulate(stream, **norms[0], eps=self.config.eps, out_dtype=self.dtype)
+        for block, table, following in zip(self.blocks, tables, norms[1:], strict=True):
+            keys_values = block.cross_attn.keys_values(conditions.text, conditions.image)
+            stream, normed = block(stream, normed, table, following, keys_values, rope)
+        return self.unpatchify(self.head.head(normed), grid)
+
+    def unpatchify(
+        self,
+        patches: Tensor,  # [B, S, prod(patch) * out_dim]
+        grid: tuple[int, int, int],
+    ) -> Tensor:  # [B, out_dim, f, h, w] float32
+        """Tokens back to the latent grid; a patch's values lie as (t, h, w, channel)."""
+        x = patches.float().unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # b c f t h p w q
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def _float32(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Run small linear layers in float32 whatever their weights' dtype (time embedding only)."""
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            x = F.linear(x, layer.weight.float(), layer.bias.float())
+        else:
+            x = layer(x)
+    return x

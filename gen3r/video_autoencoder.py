@@ -1,0 +1,204 @@
+"""What both autoencoders do around their networks: scaled latents, the walk over the chunks.
+
+Latents are scaled means and log variances are not rescaled (behaviour number 4). The encoder drops
+frames beyond 4k+1, and the first latent frame decodes to one frame (behaviour number 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gen3r.causal_vae import CausalVAE
+from gen3r.causal_video import ChunkCache, Posterior
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class VideoAutoencoder(nn.Module):
+    """Scaling of latents and the walk over the chunks of a clip.
+
+    The latent statistics are constants of the configuration, not buffers. As upstream does, the
+    mean and the reciprocal of the deviation are rounded to the dtype of the tensor that they meet.
+    """
+
+    def __init__(
+        self,
+        model: CausalVAE,
+        latents_mean: tuple[float, ...],
+        latents_std: tuple[float, ...],
+        temporal: tuple[bool, ...],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.latents_mean = latents_mean
+        self.latents_std = latents_std
+        self.temporal_factor = 2 ** sum(temporal)
+
+    @property
+    def latent_channels(self) -> int:
+        return len(self.latents_mean)
+
+    def encoder_cache(self) -> ChunkCache:
+        """An empty cache for `encode_chunk`: one per clip."""
+        return ChunkCache(self.model.encoder_slots)
+
+    def decoder_cache(self) -> ChunkCache:
+        """An empty cache for `decode_chunk`: one per clip."""
+        return ChunkCache(self.model.decoder_slots)
+
+    def encode_chunk(
+        self,
+        x: Tensor,  # [B, C, T, H, W]: T = 1 for a fresh cache, else a multiple of factor
+        cache: ChunkCache,
+    ) -> Posterior:  # of [B, z, 1 or T / factor, h, w]
+        """The posterior of the clip's next frames.
+
+        Raises
+        ------
+        ValueError : a number of frames that cannot follow.
+        """
+        return self.posterior(self._moments_chunk(x, cache))
+
+    def decode_chunk(
+        self,
+        latents: Tensor,  # [B, z, t, h, w], scaled: t = 1 for a fresh cache, else any number
+        cache: ChunkCache,
+    ) -> Tensor:  # [B, C, 1 or t * factor, H, W]
+        """The clip's next frames.
+
+        Raises
+        ------
+        ValueError : more than one latent frame for a fresh cache.
+        """
+        if not cache.started and latents.shape[2] != 1:
+            raise ValueError(
+                f"the first chunk to decode has {latents.shape[2]} latent frames; it must have 1"
+            )
+        return self._finish(self.model.decode_chunk(self.unscale(latents), cache))
+
+    def moments(
+        self,
+        x: Tensor,  # [B, C, T, H, W]
+    ) -> Tensor:  # [B, 2 z, 1 + (T - 1) // factor, h, w]: mu (unscaled), then logvar (unclamped)
+        """What the encoder computes, before scaling. Frames beyond 1 + factor * k are dropped.
+
+        Raises
+        ------
+        ValueError : x is not five-dimensional or has no frames.
+        """
+        _check_clip("frames", x)
+        cache = self.encoder_cache()
+        pieces = (self._moments_chunk(x[:, :, s], cache) for s in self._chunks(x.shape[2]))
+        return _join(pieces, 1 + (x.shape[2] - 1) // self.temporal_factor)
+
+    def encode(
+        self,
+        x: Tensor,  # [B, C, T, H, W]
+    ) -> Posterior:  # of [B, z, 1 + (T - 1) // factor, h, w]
+        """The posterior of a clip. Frames beyond 1 + factor * k are dropped.
+
+        Raises
+        ------
+        ValueError : x is not five-dimensional or has no frames.
+        """
+        return self.posterior(self.moments(x))
+
+    def decode(
+        self,
+        latents: Tensor,  # [B, z, t, h, w], scaled
+    ) -> Tensor:  # [B, C, 1 + (t - 1) * factor, H, W]
+        """The clip of scaled latents, one latent frame at a time.
+
+        Raises
+        ------
+        ValueError : latents are not [B, z, t, h, w] with t > 0.
+        """
+        _check_clip("latents", latents)
+        if latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents have {latents.shape[1]} channels; this model has {self.latent_channels}"
+            )
+        cache = self.decoder_cache()
+        pieces = (self.decode_chunk(z, cache) for z in latents.split(1, dim=2))
+        return _join(pieces, 1 + (latents.shape[2] - 1) * self.temporal_factor)
+
+    def posterior(
+        self,
+        moments: Tensor,  # [B, 2 z, t, h, w]
+    ) -> Posterior:
+        """Scale the means, clamp the log variances."""
+        mu, logvar = moments.chunk(2, dim=1)
+        return Posterior(self.scale(mu), logvar.clamp(*LOGVAR_RANGE))
+
+    def scale(
+        self,
+        mu: Tensor,  # [B, z, t, h, w]
+    ) -> Tensor:  # [B, z, t, h, w]
+        """(mu - mean) / std."""
+        mean, reciprocal = self._statistics(mu)
+        return (mu - mean) * reciprocal
+
+    def unscale(
+        self,
+        latents: Tensor,  # [B, z, t, h, w]
+    ) -> Tensor:  # [B, z, t, h, w]
+        """latents * std + mean."""
+        mean, reciprocal = self._statistics(latents)
+        return latents / reciprocal + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / std as [z, 1, 1, 1] in the dtype and on the device of `like`."""
+        mean = torch.tensor(self.latents_mean, dtype=torch.float32)
+        reciprocal = 1.0 / torch.tensor(self.latents_std, dtype=torch.float32)
+        return mean.to(like).view(-1, 1, 1, 1), reciprocal.to(like).view(-1, 1, 1, 1)
+
+    def _chunks(self, frames: int) -> Iterator[slice]:
+        yield slice(0, 1)
+        for start in range(1, frames - self.temporal_factor + 1, self.temporal_factor):
+            yield slice(start, start + self.temporal_factor)
+
+    def _moments_chunk(self, x: Tensor, cache: ChunkCache) -> Tensor:
+        frames = x.shape[2]
+        if not cache.started and frames != 1:
+            raise ValueError(f"the first chunk to encode has {frames} frames; it must have 1")
+        if cache.started and (frames == 0 or frames % self.temporal_factor):
+            raise ValueError(
+                f"a chunk to encode has {frames} frames; after the first it must have a "
+                f"multiple of {self.temporal_factor}"
+            )
+        return self.model.encode_chunk(x, cache)
+
+    def _finish(self, frames: Tensor) -> Tensor:
+        """What follows the decoder on every frame; nothing by default."""
+        return frames
+
+
+def _check_clip(what: str, x: Tensor) -> None:
+    if x.dim() != 5 or x.shape[2] == 0:
+        raise ValueError(
+            f"{what} of shape {tuple(x.shape)}; expected [batch, channels, frames, height, width] "
+            "with at least one frame"
+        )
+
+
+def _join(pieces: Iterable[Tensor], frames: int) -> Tensor:
+    """Concatenate along time.
+
+    Without autograd each piece is written straight into the result, so that the pieces and the
+    result are never held together: the tokens of 49 frames at 560x560 are 1.6 GB in bf16.
+    """
+    if torch.is_grad_enabled():
+        return torch.cat(list(pieces), dim=2)
+    result: Tensor | None = None
+    start = 0
+    for piece in pieces:
+        if result is None:
+            result = piece.new_empty(*piece.shape[:2], frames, *piece.shape[3:])
+        result[:, :, start : start + piece.shape[2]] = piece
+        start += piece.shape[2]
+    if result is None:
+        raise ValueError("there are no frames to join")
+    return result
