@@ -1,0 +1,40 @@
+"""Wrong input told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+_LONGEST = 600  # characters; an error that lists many tensors is cut here
+
+
+class UsageError(ValueError):
+    """Wrong input: the command line prints its text as one line and exits with `code`."""
+
+    def __init__(self, text: str, code: int = 2) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line, cut where it is very long."""
+    parts = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = "; ".join(parts).replace(":;", ":") or type(error).__name__
+    if len(text) <= _LONGEST:
+        return text
+    return text[:_LONGEST].rstrip() + " ... (-v shows all of it)"
+
+
+@contextlib.contextmanager
+def user_input(
+    where: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError), code: int = 2
+) -> Iterator[None]:
+    """Errors of these kinds inside the block are the input's, not the program's.
+
+    `where` is put before the message (a file and line, say).
+    """
+    try:
+        yield
+    except kinds as error:
+        text = f"{where}: {error}" if where else str(error)
+        raise UsageError(text or type(error).__name__, code) from error

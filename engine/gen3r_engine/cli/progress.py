@@ -1,0 +1,116 @@
+"""What a running command shows: bars on a terminal, one plain line per stage elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """Steps per second, or seconds per step when that is slower than one a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        text = f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+        return Text(text, style="dim")
+
+
+class StageProgress:
+    """Shows stages as they go. Call it with (stage, done, total); use it in a `with` block.
+
+    `seconds` holds the wall time of each finished stage by its name.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.seconds: dict[str, float] = {}
+        self._started: dict[str, float] = {}
+        self._last = time.perf_counter()
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        if self.stream.isatty():
+            self._bars = Progress(
+                SpinnerColumn(finished_text="[green]✓[/]"),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(file=self.stream),
+            )
+
+    def __enter__(self) -> Self:
+        self._last = time.perf_counter()
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        # A stage may first report when partly done: it began when the last report ended.
+        start = self._started.setdefault(stage, self._last)
+        self._last = now
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+        if done >= total and stage not in self.seconds:
+            self.seconds[stage] = now - start
+            if self._bars is None:
+                steps = f" ({total} steps)" if total > 1 else ""
+                print(f"{stage}{steps}: {now - start:.1f} s", file=self.stream, flush=True)
+
+
+def note(text: str) -> None:
+    """One line for the person, on the error stream."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def print_seconds(seconds: Mapping[str, float]) -> None:
+    """A small table of seconds per stage on the output stream."""
+    total = sum(seconds.values())
+    rows = [*seconds.items(), ("total", total)]
+    if not sys.stdout.isatty():
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            print(f"  {name:<{width}}  {value:8.2f} s")
+        return
+    table = Table(box=None, padding=(0, 2), show_header=True)
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right", style="dim")
+    for name, value in rows:
+        share = f"{100 * value / total:.0f} %" if total else ""
+        table.add_row(name, f"{value:.2f}", share, style="bold" if name == "total" else "")
+    Console().print(table)
