@@ -1,0 +1,80 @@
+"""Seconds and peak host memory of loading a checkpoint onto a device.
+
+    python -m benchmarks.loading                        # a sparse checkpoint of the real layout
+    python -m benchmarks.loading --checkpoint DIR --device cuda
+
+A sparse checkpoint's pages are holes, so its seconds hold no disk time; its memory is the real thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Row, write_rows
+from benchmarks.sparse_checkpoint import write_sparse_checkpoint
+from gen3r.checkpoint import inspect_checkpoint
+from gen3r.config import GEN3R
+from gen3r.nano import NANO
+from gen3r.pipeline import Gen3RPipeline
+
+
+def peak_host_gib() -> float:
+    """Largest resident set of this process so far, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(folder: Path, device: str, kind: str) -> Row:
+    """Check and load once."""
+    largest = max(p.stat().st_size for p in folder.rglob("*.safetensors")) / 2**30
+    torch.zeros(1, device=device)  # the CUDA context is not the loader's memory
+    before = peak_host_gib()
+    start = time.perf_counter()
+    reports = inspect_checkpoint(folder)
+    checked = time.perf_counter() - start
+    start = time.perf_counter()
+    pipeline = Gen3RPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, device=device)
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    extra = {
+        "checkpoint": kind,
+        "ok": all(r.ok for r in reports),
+        "check_ms": round(checked * 1000, 1),
+        "largest_file_gib": round(largest, 3),
+        "host_before_gib": round(before, 3),
+        "host_peak_gib": round(peak_host_gib(), 3),
+    }
+    return Row(
+        "checkpoint.load", "reference", "whole pipeline", "bfloat16", [seconds * 1000], extra
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write benchmarks/results/<gpu>/loading.jsonl."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, help="default: a sparse one is made")
+    parser.add_argument("--preset", choices=("gen3r", "nano"), default="gen3r")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.checkpoint or Path(scratch) / "checkpoint"
+        if options.checkpoint is None:
+            write_sparse_checkpoint(folder, GEN3R if options.preset == "gen3r" else NANO)
+        row = measure(folder, options.device, "given" if options.checkpoint else "sparse")
+    print(row)
+    print(write_rows([row], "loading", options.out, options.commit))
+
+
+if __name__ == "__main__":
+    main()
