@@ -37,9 +37,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         worst.setdefault((row.folder, row.kind), []).append(row)
     terminalreporter.section("worst relative error per golden fixture")
     write = terminalreporter.write_line
-    write(
-        f"{'fixture':<20} {'tensors':>7} {'worst error':>12} {'tolerance':>10}  {'':4}  worst tensor"
-    )
+    columns = "{:<20} {:>7} {:>12} {:>10}  {:4}  {}"
+    write(columns.format("fixture", "tensors", "worst error", "tolerance", "", "worst tensor"))
     folder = None
     for (path, kind), rows in sorted(worst.items()):
         if path != folder:
@@ -51,6 +50,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             key=lambda r: float("inf") if r.error != r.error else r.error / max(r.tolerance, 1e-12),
         )
         verdict = "ok" if all(r.ok for r in rows) else "FAIL"
-        write(
-            f"{kind:<20} {len(rows):>7} {top.error:>12.2e} {top.tolerance:>10.0e}  {verdict:4}  {top.name}"
-        )
+        error, tolerance = f"{top.error:.2e}", f"{top.tolerance:.0e}"
+        write(columns.format(kind, len(rows), error, tolerance, verdict, top.name))

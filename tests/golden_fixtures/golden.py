@@ -122,7 +122,7 @@ class Golden:
         *,
         axes: tuple[int, ...] = (-2, -1),
     ) -> None:
-        """Compare with the stored result, sampled along `axes` as it is. A name that is absent fails.
+        """Compare with the stored result, sampled along `axes` as it is. An absent name fails.
 
         The error is max|actual - ref| / max|ref|; for booleans the share of entries that differ.
         """
@@ -142,7 +142,8 @@ class Golden:
         """Compare two tensors and record the error under `name`."""
         if actual.shape != reference.shape:
             self.failures.append(
-                f"{self.kind}/{name}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
+                f"{self.kind}/{name}: shape {tuple(actual.shape)}, "
+                f"expected {tuple(reference.shape)}"
             )
             return
         if reference.dtype == torch.bool:
@@ -161,7 +162,7 @@ class Golden:
 
 
 def relative_error(actual: Tensor, reference: Tensor) -> float:
-    """max|actual - reference| / max|reference| in float64; NaN when a value is NaN on one side only."""
+    """max|actual - reference| / max|reference| in float64; NaN when one side alone has a NaN."""
     a, r = actual.detach().cpu().double(), reference.double()
     if r.numel() == 0:
         return 0.0

@@ -2,9 +2,10 @@
 
     python -m tests.golden_fixtures.make_slim FULL_DIR tests/golden
 
-Small files are taken (nearly) whole; of the large ones the cases below. The four component files whose weights
-alone exceed the budget (transformer, wan_vae, geo_adapter, vggt) are left out: the same code is compared,
-stage by stage, through the end-to-end case, whose weights hold all six components.
+Small files are taken (nearly) whole; of the large ones the cases below. The four component files
+whose weights alone exceed the budget (transformer, wan_vae, geo_adapter, vggt) are left out: the
+same code is compared, stage by stage, through the end-to-end case, whose weights hold all six
+components.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def cut(source: Path, target: Path, pattern: str) -> None:
     """Write the tensors of `source` that match, with its metadata."""
     tensors = {}
     with safe_open(source, "pt") as handle:
-        metadata = handle.metadata()
-        for name in handle.keys():  # noqa: SIM118
+        metadata, names = handle.metadata(), handle.keys()
+        for name in names:
             if re.fullmatch(pattern, name):
                 tensor = handle.get_tensor(name)
                 if (stride := STRIDED.get(name)) is not None:

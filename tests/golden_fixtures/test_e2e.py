@@ -18,7 +18,11 @@ from tests.golden_fixtures.golden import END_TO_END_TOLERANCE, Golden
 from tests.golden_fixtures.tiny_pipeline import build_pipeline, enlarge
 
 KIND = "e2e"
-SOLVERS = {"FlowMatchEulerDiscreteScheduler": "euler", "FlowUniPCMultistepScheduler": "unipc"}
+SOLVERS = {
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowUniPCMultistepScheduler": "unipc",
+    "FlowDPMSolverMultistepScheduler": "dpm++",
+}
 
 
 def case_names(golden: Golden) -> list[str]:
@@ -93,6 +97,7 @@ def test_cases(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
                 num_inference_steps=meta["steps"],
                 guidance_scale=meta["guidance_scale"],
                 solver=SOLVERS[meta["scheduler"]],
+                shift=meta.get("shift", 5.0),
                 latents=golden[f"{shared}/noise"],
                 posterior_noise=golden[f"{shared}/vae_posterior_noise"],
                 callback_on_step_end=watch.on_step,
@@ -164,8 +169,8 @@ def check_results(golden: Golden, case: str, watch: Watch, scene: Scene) -> None
 def _window(frames: Tensor, crop: Tensor) -> Tensor:
     """The window of `frames` [F, H, W, C] equal to `crop` [h, w, C], whose place is not recorded.
 
-    Positions are sieved by a lattice of the crop's pixels; without a survivor the first window stands
-    for the mismatch.
+    Positions are sieved by a lattice of the crop's pixels; without a survivor the first window
+    stands for the mismatch.
     """
     height, width, _ = crop.shape
     rows, columns = frames.shape[1] - height + 1, frames.shape[2] - width + 1

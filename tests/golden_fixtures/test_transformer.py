@@ -1,4 +1,4 @@
-"""transformer: every intermediate and output of each case, and two wrong variants that must fail."""
+"""transformer: every intermediate and output of each case; two wrong variants must fail."""
 
 from __future__ import annotations
 

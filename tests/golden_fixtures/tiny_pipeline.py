@@ -1,4 +1,4 @@
-"""The tiny complete pipeline of the end-to-end fixtures, built from its stored configs and weights."""
+"""The tiny complete pipeline of the end-to-end fixtures, from its stored configs and weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ def build_component(weights: Golden, name: str, **overrides: Any) -> nn.Module:
 
 
 def build_pipeline(weights: Golden) -> Gen3RPipeline:
-    """All components. Upstream's adapter always decodes to the token grid of 560 px; that follows from
-    the latent size here."""
+    """All components.
+
+    Upstream's adapter always decodes to the token grid of 560 px; here that follows from the latent
+    size.
+    """
     configs = {
         name: component.config.from_dict(weights.meta["configs"][name])
         for name, component in COMPONENTS.items()
@@ -45,6 +48,6 @@ def build_pipeline(weights: Golden) -> Gen3RPipeline:
 
 
 def enlarge(control: torch.Tensor, height: int) -> torch.Tensor:
-    """Control images [N, 3, h, w] uint8, stored small, repeated to `height` rows; float in [0, 1]."""
+    """Small control images [N, 3, h, w] uint8, repeated to `height` rows; float in [0, 1]."""
     factor = height // control.shape[-2]
     return control.repeat_interleave(factor, -1).repeat_interleave(factor, -2).float() / 255
