@@ -1,7 +1,7 @@
 """What every benchmark row carries, and where rows go.
 
-A row is one JSON object on a line of ``benchmarks/results/<gpu>/<suite>.jsonl``: op, provider, shape,
-dtype, p20/p50/p80 in ms, what else was measured, GPU, versions, commit.
+A row is one JSON object on a line of ``benchmarks/results/<gpu>/<suite>.jsonl``: op, provider,
+shape, dtype, p20/p50/p80 in ms, what else was measured, GPU, versions, commit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with a plus when tracked files differ from it; "unknown" outside git."""
+    """The checkout's commit, with a plus when tracked files differ; "unknown" outside git."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:

@@ -3,7 +3,7 @@
     python -m benchmarks.loading                        # a sparse checkpoint of the real layout
     python -m benchmarks.loading --checkpoint DIR --device cuda
 
-A sparse checkpoint's pages are holes, so its seconds hold no disk time; its memory is the real thing.
+A sparse checkpoint's pages are holes, so its seconds hold no disk time; its memory is real.
 """
 
 from __future__ import annotations

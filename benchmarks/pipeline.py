@@ -1,10 +1,10 @@
 """Seconds per stage and peak memory of the reference pipeline at the real sizes, random weights.
 
-    python -m benchmarks.pipeline                              # H100: 560 x 560, 49 frames, bf16, 3 tasks
+    python -m benchmarks.pipeline               # H100: 560 x 560, 49 frames, bf16, 3 tasks
     python -m benchmarks.pipeline --preset nano --device cpu --repeats 1
 
-Random weights are made on the device, so no checkpoint is needed. Views are noise, which the timings do
-not depend on.
+Random weights are made on the device, so no checkpoint is needed. Views are noise, on which the
+timings do not depend.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build(config: Gen3RConfig, dtype: torch.dtype, device: str, attention: str) 
     """A pipeline with random weights at the sizes of `config`."""
     return Gen3RPipeline(
         config=config,
-        **random_modules(config, Backends(attention=attention), dtype, device),  # type: ignore[arg-type]
+        **random_modules(config, Backends(attention=attention), dtype, device),
         tokenizer=build_tokenizer(),
         scheduler=make_euler_scheduler(),
         untrained=True,
@@ -43,7 +43,7 @@ def build(config: Gen3RConfig, dtype: torch.dtype, device: str, attention: str) 
 
 
 def make_request(task: str, config: Gen3RConfig, frames: int, size: int) -> SceneRequest:
-    """1view moves with a built-in trajectory (VGGT runs on the view); the others have no cameras."""
+    """1view takes a built-in trajectory (VGGT runs on the view); the others have no cameras."""
     count = {"1view": 1, "2view": 2}.get(task, frames)
     noise = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     return SceneRequest(

@@ -1,8 +1,9 @@
-"""A checkpoint folder at any size whose tensors are holes: real names, shapes and layout, no disk space.
+"""A checkpoint folder whose tensors are holes: real names, shapes and layout, no disk space.
 
-    python -m benchmarks.sparse_checkpoint DIR          # the published layout, 20 GB apparent, in bf16
+    python -m benchmarks.sparse_checkpoint DIR      # the published layout, 20 GB apparent, in bf16
 
-Every value reads as zero. It serves to try loading, checking and memory use without the published weights.
+Every value reads as zero. It serves to try loading, checking and memory use without the published
+weights.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def shard(
 def write_sparse_checkpoint(
     folder: Path, config: Gen3RConfig = GEN3R, dtype: str = "BF16", limit: int = 10**10
 ) -> None:
-    """Write the published layout with holes for tensors; `limit` is the largest file's size in bytes."""
+    """Write the published layout with holes for tensors; `limit`: bytes of the largest file."""
     folder.mkdir(parents=True)
     for name, component in COMPONENTS.items():
         target = folder / name

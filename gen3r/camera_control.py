@@ -27,7 +27,7 @@ class ResidualBlock(nn.Module):
 
 
 class CameraAdapter(nn.Module):
-    """Pixel-unshuffle by 8, a convolution with the patch size as stride, residual blocks; per frame."""
+    """Per frame: pixel-unshuffle by 8, a convolution with the patch as stride, residual blocks."""
 
     def __init__(
         self, in_dim: int, dim: int, patch_size: tuple[int, int], num_blocks: int = 1
@@ -48,7 +48,8 @@ class CameraAdapter(nn.Module):
         """
         if cameras.shape[-2] % UNSHUFFLE or cameras.shape[-1] % UNSHUFFLE:
             raise ValueError(
-                f"camera maps of {tuple(cameras.shape[-2:])} pixels are not divisible by {UNSHUFFLE}"
+                f"camera maps of {tuple(cameras.shape[-2:])} pixels "
+                f"are not divisible by {UNSHUFFLE}"
             )
         frames = cameras.transpose(1, 2).flatten(0, 1)
         features = self.residual_blocks(self.conv(F.pixel_unshuffle(frames, UNSHUFFLE)))

@@ -1,8 +1,8 @@
-"""Camera mathematics: trajectories, relative poses, rays and Pluecker maps, pose encoding, depth bounds.
+"""Camera mathematics: trajectories, poses, rays and Pluecker maps, pose encoding, depth bounds.
 
-Conventions: OpenCV axes; "extrinsics" map world to camera; "c2w" maps camera to world; intrinsics are in
-pixels. The world frame of a scene is its first camera. Functions keep the dtype they are given (cameras
-read from a file stay float64 until the model's cast).
+Conventions: OpenCV axes; "extrinsics" map world to camera; "c2w" maps camera to world; intrinsics
+are in pixels. The world frame of a scene is its first camera. Functions keep the dtype they are
+given (cameras read from a file stay float64 until the model's cast).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_DEPTH = 50.0
 
 
 def _rotation(axis: str, angles: Tensor) -> Tensor:
-    """Rotations about the camera's y ("yaw") or x ("pitch") axis; angles [F] radians -> [F, 4, 4]."""
+    """Rotations about the camera's y ("yaw") or x ("pitch"); angles [F] radians -> [F, 4, 4]."""
     c, s = angles.cos(), angles.sin()
     pose = torch.eye(4, dtype=angles.dtype).repeat(len(angles), 1, 1)
     a, b = (0, 2) if axis == "yaw" else (1, 2)
@@ -32,7 +32,8 @@ def trajectory(name: str, num_frames: int, scene_scale: float = 1.0) -> Tensor:
     """Built-in camera move as c2w [F, 4, 4] float32, relative to the first frame.
 
     ``zoom_*`` move along z by `scene_scale` in total; ``arc_*`` turn by 15 degrees of yaw and
-    ``translate_*`` by 15 degrees of pitch, in place; ``free`` is the identity. Source: upstream infer.py.
+    ``translate_*`` by 15 degrees of pitch, in place; ``free`` is the identity.
+    Source: upstream infer.py.
 
     Raises
     ------
@@ -71,10 +72,9 @@ def rays(
     width: int,
 ) -> tuple[Tensor, Tensor]:  # origin, direction (unit length), both [..., 3, H, W]
     """World rays through the pixel centres (+0.5)."""
-    options = {"dtype": c2w.dtype, "device": c2w.device}
-    v, u = torch.meshgrid(
-        torch.arange(height, **options) + 0.5, torch.arange(width, **options) + 0.5, indexing="ij"
-    )
+    rows = torch.arange(height, dtype=c2w.dtype, device=c2w.device) + 0.5
+    columns = torch.arange(width, dtype=c2w.dtype, device=c2w.device) + 0.5
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)
     camera = torch.linalg.inv(intrinsics) @ pixels
     direction = c2w[..., :3, :3] @ camera
@@ -152,7 +152,7 @@ def decode_pose(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:  # extrinsics [..., 3, 4] world to camera, intrinsics [..., 3, 3] pixels
-    """Cameras of a VGGT pose encoding; the principal point is the image centre (arXiv 2503.11651)."""
+    """Cameras of a VGGT pose encoding (arXiv 2503.11651); principal point: the image centre."""
     rotation = quaternion_to_matrix(encoding[..., 3:7])
     extrinsics = torch.cat([rotation, encoding[..., :3, None]], dim=-1)
     intrinsics = encoding.new_zeros(*encoding.shape[:-1], 3, 3)
@@ -187,8 +187,8 @@ def crop_intrinsics(
 ) -> Tensor:  # [3, 3] float32
     """Intrinsics after resizing to cover `size` and centre-cropping.
 
-    Sizes are truncated here and rounded in the image's own resize, as upstream's get_K: the principal
-    point can be off by up to one pixel (behaviour 16).
+    Sizes are truncated here and rounded in the image's own resize, as upstream's get_K: the
+    principal point can be off by up to one pixel (behaviour 16).
     """
     scale = size / min(source)
     top, left = (max(int(extent * scale) - size, 0) // 2 for extent in source)
@@ -212,8 +212,8 @@ def depth_bounds(
 ) -> tuple[Tensor, Tensor]:  # near, far, both [...], exclusive
     """Depths that count as valid, per frame (behaviour 14).
 
-    With `min_max`: above max(1e-8, 0.1 percentile) and below min(98th percentile, 50), strictly, so a
-    constant frame is masked entirely. Without: above 1e-8.
+    With `min_max`: above max(1e-8, 0.1 percentile) and below min(98th percentile, 50), strictly, so
+    a constant frame is masked entirely. Without: above 1e-8.
     """
     flat = depth.float().flatten(-2)
     if not min_max:

@@ -23,6 +23,7 @@ from gen3r.causal_video import (
     ResidualBlock,
     TemporalDoubling,
     TemporalHalving,
+    norm_and_conv,
     norm_silu_conv,
     number_slots,
     per_frame,
@@ -61,7 +62,7 @@ class Grow(nn.Module):
 
     def __init__(self, channels: int, *, double: bool, temporal: bool) -> None:
         super().__init__()
-        self.double = double
+        self.doubles = double  # nn.Module.double is a method
         conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
         self.resample = nn.ModuleDict({"1" if double else "0": conv})
         self.time_conv = TemporalDoubling(channels) if temporal else None
@@ -77,7 +78,7 @@ class Grow(nn.Module):
 
     def _resample(self, x: Tensor) -> Tensor:
         (conv,) = self.resample.values()
-        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.double else x)
+        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.doubles else x)
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -136,8 +137,7 @@ class CausalEncoder(nn.Module):
         x = self.conv1(x, cache)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, cache)
-        norm, conv = self.head.values()
-        return norm_silu_conv(x, norm, conv, cache)
+        return norm_silu_conv(x, *norm_and_conv(self.head, "0", "2"), cache)
 
 
 class CausalDecoder(nn.Module):
@@ -176,8 +176,7 @@ class CausalDecoder(nn.Module):
         x = self.conv1(x, cache)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, cache)
-        norm, conv = self.head.values()
-        return norm_silu_conv(x, norm, conv, cache)
+        return norm_silu_conv(x, *norm_and_conv(self.head, "0", "2"), cache)
 
 
 class CausalVAE(nn.Module):

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from gen3r_kernels import Backends, attention, rms_norm_silu
+from gen3r_kernels import Backends, attention, conv3d, rms_norm_silu
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,16 @@ class CachedConv3d(nn.Conv3d):
 
     slot: int = -1
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv3d(input, weight, bias, self.stride, _zero_padding(self))
+
+
+def _zero_padding(conv: nn.Conv3d) -> tuple[int, ...]:
+    """The padding in numbers (its type also allows words)."""
+    if isinstance(conv.padding, str):
+        raise ValueError(f"padding '{conv.padding}' is not supported; give it in numbers")
+    return conv.padding
+
 
 def number_slots(module: nn.Module) -> int:
     """Give every convolution with memory inside `module` its slot; returns their number."""
@@ -149,7 +160,7 @@ class TemporalHalving(CachedConv3d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, (3, 1, 1), stride=(2, 1, 1))
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # as in CausalConv3d
         self,
         x: Tensor,  # [B, C, T, H, W]
         cache: ChunkCache,
@@ -166,7 +177,7 @@ class TemporalDoubling(CachedConv3d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 2 * channels, (3, 1, 1))
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # as in CausalConv3d
         self,
         x: Tensor,  # [B, C, T, H, W]
         cache: ChunkCache,
@@ -204,6 +215,13 @@ def norm_silu_conv(
     return conv(norm(x), cache)
 
 
+def norm_and_conv(
+    layers: nn.ModuleDict, norm: str, conv: str
+) -> tuple[ChannelRMSNorm, CausalConv3d]:
+    """Two entries of a ModuleDict, which forgets the classes of its items."""
+    return cast(ChannelRMSNorm, layers[norm]), cast(CausalConv3d, layers[conv])
+
+
 def per_frame(
     function: Callable[[Tensor], Tensor],  # [B * T, C, H, W] -> [B * T, C', H', W']
     x: Tensor,  # [B, C, T, H, W]
@@ -237,9 +255,8 @@ class ResidualBlock(nn.Module):
         x: Tensor,  # [B, Cin, T, H, W]
         cache: ChunkCache,
     ) -> Tensor:  # [B, Cout, T, H, W]
-        norm1, conv1, norm2, conv2 = self.residual.values()
-        y = norm_silu_conv(x, norm1, conv1, cache)
-        y = norm_silu_conv(y, norm2, conv2, cache)
+        y = norm_silu_conv(x, *norm_and_conv(self.residual, "0", "2"), cache)
+        y = norm_silu_conv(y, *norm_and_conv(self.residual, "3", "6"), cache)
         return self.shortcut(x) + y
 
 

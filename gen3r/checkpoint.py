@@ -1,8 +1,8 @@
 """Published folder <-> modules: resolve, check against the expected tensors, stream, save.
 
-Layout (diffusers plus ``vggt/``): one folder per component with config.json and safetensors, tokenizer/,
-scheduler/, model_index.json. Every component is built on the meta device and filled tensor by tensor in
-the asked dtype on the asked device, so the host never holds a float32 copy.
+Layout (diffusers plus ``vggt/``): one folder per component with config.json and safetensors,
+tokenizer/, scheduler/, model_index.json. Every component is built on the meta device and filled
+tensor by tensor in the asked dtype on the asked device, so the host never holds a float32 copy.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class TensorFile:
 def _read_headers(
     component: Component, folder: Path, allow_pickle: bool
 ) -> tuple[list[TensorFile], list[str]]:
-    """Names and shapes of every tensor of a component's folder, and the files that cannot be read."""
+    """Names and shapes of every tensor in a component's folder, and the unreadable files."""
     paths = sorted(folder.glob("*.safetensors"))
     pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
     if not paths and pickles and not allow_pickle:
@@ -108,7 +108,8 @@ def _read_headers(
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as handle:
-            return {n: tuple(handle.get_slice(n).get_shape()) for n in handle.keys()}  # noqa: SIM118
+            names = handle.keys()  # the handle itself is not iterable
+            return {n: tuple(handle.get_slice(n).get_shape()) for n in names}
     return {n: tuple(t.shape) for n, t in _load_pickle(path).items()}
 
 
@@ -285,9 +286,9 @@ def load_pipeline_parts(
     if problems:
         raise CheckpointError(f"{folder}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
     ours = read_own_values(folder)
-    configs = {r.name: r.config for r in reports if r.name in COMPONENTS}
+    configs: dict[str, Any] = {r.name: r.config for r in reports if r.name in COMPONENTS}
     config = Gen3RConfig(
-        **configs,  # type: ignore[arg-type]
+        **configs,
         **{k: v for k, v in ours.items() if k in ("num_frames", "size")},
     )
     load = partial(load_component, dtype=dtype, device=device, backends=backends)

@@ -1,6 +1,7 @@
 """The six components of a checkpoint: how each is built, named and stored.
 
-Class names, libraries and config keys are upstream's, so that a saved folder has the published layout.
+Class names, libraries and config keys are upstream's, so that a saved folder has the published
+layout.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def resize_to_cover(
     height: int,
     width: int,
 ) -> Tensor:  # [N, 3, >= height, >= width]
-    """Scale so that the frames just cover height x width (bilinear, antialiased, round half to even)."""
+    """Scale to just cover height x width (bilinear, antialiased, rounding half to even)."""
     source_height, source_width = frames.shape[-2:]
     scale = max(height / source_height, width / source_width)
     # max() guards against the last ulp of scale * extent.
@@ -130,7 +130,7 @@ def control_video(
 def repeat_first_frame(
     video: Tensor,  # [B, C, F, H, W]
 ) -> Tensor:  # [B, C, F + 3, H, W]
-    """The first frame four times: the latent grid's first frame stands for one frame, the rest for 4."""
+    """The first frame four times: the first latent frame stands for one frame, the rest for 4."""
     return torch.cat([video[:, :, :1].expand(-1, -1, 4, -1, -1), video[:, :, 1:]], dim=2)
 
 
@@ -161,7 +161,7 @@ def control_latents(
     mask: Tensor,  # [B, 4, f, h, 2 w]
     geometry: Tensor | None = None,  # [B, 16, f, h, w]; zeros at inference
 ) -> Tensor:  # [B, 20, f, h, 2 w]
-    """[appearance | geometry] on the width axis, then the mask as four more channels (behaviour 9)."""
+    """[appearance | geometry] along the width, then the mask as 4 more channels (behaviour 9)."""
     right = torch.zeros_like(appearance) if geometry is None else geometry
     return torch.cat([torch.cat([appearance, right], dim=-1), mask.to(appearance)], dim=1)
 

@@ -149,7 +149,7 @@ def _check_statistics(
 
 @dataclass(frozen=True)
 class VGGTConfig(ComponentConfig):
-    """VGGT-1B (arXiv 2503.11651): DINOv2 ViT-L/14, alternating attention, camera and dense heads."""
+    """VGGT-1B (arXiv 2503.11651): DINOv2 ViT-L/14, alternating attention, camera, dense heads."""
 
     img_size: int = 518
     patch_size: int = 14

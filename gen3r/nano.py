@@ -1,9 +1,9 @@
 """NANO: the same six components at a size that runs on a laptop, with its own tokenizer.
 
-112 x 112 pixels, 17 frames, under 12 M parameters. The weights are seeded and untrained: results have the
-right form and no meaning. Building is deterministic for one version of torch.
+112 x 112 pixels, 17 frames, under 12 M parameters. The weights are seeded and untrained: results
+have the right form and no meaning. Building is deterministic for one version of torch.
 
-    python -m gen3r.nano DIR        # write the folder; load it with Gen3RPipeline.from_pretrained(DIR)
+    python -m gen3r.nano DIR    # write the folder; Gen3RPipeline.from_pretrained(DIR) loads it
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from gen3r.components import COMPONENTS
@@ -109,15 +108,15 @@ def random_modules(
     dtype: torch.dtype,
     device: str | torch.device,
     seed: int = SEED,
-) -> dict[str, nn.Module]:
+) -> dict[str, Any]:
     """All six components with seeded random weights, made on `device` in `dtype`.
 
-    The camera head's last layer is set to give nearly an identity rotation and a field of view of one
-    radian, so that cameras are finite.
+    The camera head's last layer is set to give nearly an identity rotation and a field of view of
+    one radian, so that cameras are finite.
     """
     device = torch.device(device)
     cuda = [device] if device.type == "cuda" else []
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, Any] = {}  # as keyword arguments of Gen3RPipeline
     previous = torch.get_default_dtype()
     with torch.random.fork_rng(devices=cuda), torch.device(device):
         torch.manual_seed(seed)
@@ -128,7 +127,7 @@ def random_modules(
                 modules[name] = module.to(device, dtype).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(previous)
-    head: Any = modules["vggt"].camera_head
+    head = modules["vggt"].camera_head
     with torch.no_grad():
         head.pose_branch.fc2.weight.mul_(0.05)
         head.pose_branch.fc2.bias.copy_(torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1]))
@@ -141,11 +140,11 @@ def build_nano(
     device: str | torch.device = "cpu",
     backends: Backends | None = None,
 ) -> Gen3RPipeline:
-    """The embedded model as a pipeline; the same weights on every device (they are made on the CPU)."""
+    """The embedded model as a pipeline. Weights are made on the CPU: the same on every device."""
     modules = random_modules(NANO, backends or Backends(), torch.float32, "cpu")
     pipeline = Gen3RPipeline(
         config=NANO,
-        **modules,  # type: ignore[arg-type]
+        **modules,
         tokenizer=build_tokenizer(),
         scheduler=make_euler_scheduler(),
         untrained=True,

@@ -1,4 +1,4 @@
-"""Gen3RPipeline: requests in, scenes out. Plain orchestration of `gen3r.stages`, in diffusers' manner.
+"""Gen3RPipeline: requests in, scenes out. Orchestrates `gen3r.stages`, in diffusers' manner.
 
 pipe = Gen3RPipeline.from_pretrained("/path/to/gen3r", torch_dtype=torch.bfloat16, device="cuda")
 scene = pipe(prompt="a stone arena", images=[Image.open("photo.png")], cameras="zoom_in")
@@ -7,10 +7,8 @@ scene.save("outputs/arena")
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,41 +23,18 @@ from gen3r.conditioning import control_video, prepare_views
 from gen3r.config import Gen3RConfig
 from gen3r.encoders import tokenize_and_encode
 from gen3r.geometry_adapter import GeometryAdapter
+from gen3r.run import Progress, Run, device_name, draw_noise, peak_memory, to_scene
 from gen3r.scene import Cameras, ImageLike, Scene, SceneRequest
 from gen3r.schedulers import make_schedule
 from gen3r.transformer import Conditions, WanTransformer
 from gen3r.vggt import VGGT
 from gen3r_kernels import Backends
 
-Progress = Callable[[str, int, int], None]  # stage, done, total
 STAGES = ("encode text", "encode views", "denoise", "decode appearance", "decode geometry")
 MODULES = (
     *("transformer", "wan_vae", "geo_adapter"),
     *("vggt", "text_encoder", "clip_image_encoder"),
 )
-
-
-@dataclass
-class _Run:
-    """Book-keeping of one call: seconds per stage and progress events."""
-
-    device: torch.device
-    progress: Progress | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def report(self, stage: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(stage, done, total)
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        self.report(name, 0, total)
-        start = time.perf_counter()
-        yield lambda done: self.report(name, done, total)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.report(name, total, total)
 
 
 @dataclass
@@ -96,8 +71,8 @@ class Gen3RPipeline:
         """Load a published folder (diffusers layout plus ``vggt/``) or hub id.
 
         Modules are built without memory and filled tensor by tensor in `torch_dtype` on `device`.
-        Hub downloads honour HF_HOME and HF_HUB_OFFLINE. `allow_pickle` accepts ``.pth``/``.bin`` files
-        through ``torch.load(weights_only=True)``.
+        Hub downloads honour HF_HOME and HF_HUB_OFFLINE. `allow_pickle` accepts ``.pth``/``.bin``
+        files through ``torch.load(weights_only=True)``.
 
         Raises
         ------
@@ -167,8 +142,9 @@ class Gen3RPipeline:
         """Generate one scene, or with `requests` a list of them as one batch.
 
         Without `generator` every request draws from its own generator, seeded with its seed on the
-        pipeline's device, so a scene does not depend on what it is batched with. `callback_on_step_end`
-        is called as ``f(pipe, step, timestep, {"latents": x})`` and may return replaced latents.
+        pipeline's device, so a scene does not depend on what it is batched with.
+        `callback_on_step_end` is called as ``f(pipe, step, timestep, {"latents": x})`` and may
+        return replaced latents.
         `output_type` is ``scene``, or ``latent`` for the joint latents [B, 16, f, h, 2 w].
 
         Raises
@@ -181,11 +157,9 @@ class Gen3RPipeline:
         if requests is None:
             if images is None:
                 raise ValueError("no images given: pass images=[...] or requests=[...]")
-            if not isinstance(images, (list, tuple)):
-                images = [images]
             requests = [
                 SceneRequest(
-                    images=images,
+                    images=images if isinstance(images, Sequence) else [images],
                     prompt=prompt,
                     task=task,
                     cameras=cameras,
@@ -197,10 +171,13 @@ class Gen3RPipeline:
                 )
             ]
         check_batch(requests)
-        run = _Run(self.device, progress)
+        run = Run(self.device, progress)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        noise, draws = self._noise(requests, generator, latents, posterior_noise)
+        channels = self.config.transformer.out_dim
+        noise, draws = draw_noise(
+            requests, generator, latents, posterior_noise, channels, self.device, self.dtype
+        )
         texts = self._encode_text(run, requests, guidance_scale > 1)
         conditions = self._condition(run, requests, texts, draws)
 
@@ -227,49 +204,8 @@ class Gen3RPipeline:
             )
         return scenes[0] if single else scenes
 
-    def _noise(
-        self,
-        requests: Sequence[SceneRequest],
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        latents: Tensor | None,
-        posterior_noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Initial noise and posterior draws, per request in upstream's order and dtype."""
-        if generator is None:
-            generators = [torch.Generator(self.device).manual_seed(r.seed) for r in requests]
-        elif isinstance(generator, torch.Generator):
-            generators = [generator] * len(requests)
-        else:
-            generators = list(generator)
-        if len(generators) != len(requests):
-            raise ValueError(f"{len(generators)} generators for {len(requests)} requests")
-        shape = stages.latent_shape(
-            requests[0].num_frames,
-            requests[0].height,
-            requests[0].width,
-            self.config.transformer.out_dim,
-        )
-        half = (*shape[:2], requests[0].height // 8, requests[0].width // 8)
-        noise, draws = [], []
-        for g in generators:
-            if latents is None:
-                noise.append(_normal(shape, g, self.device, self.dtype))
-            if posterior_noise is None:
-                draws.append(_normal(half, g, self.device, self.dtype))
-        start = torch.stack(noise) if latents is None else latents
-        posterior = torch.stack(draws) if posterior_noise is None else posterior_noise
-        for name, value, expected in (
-            ("latents", start, shape),
-            ("posterior_noise", posterior, half),
-        ):
-            if value.shape != (len(requests), *expected):
-                raise ValueError(
-                    f"{name} has shape {list(value.shape)}, expected {[len(requests), *expected]}"
-                )
-        return start.to(self.device, torch.float32), posterior.to(self.device)
-
     def _encode_text(
-        self, run: _Run, requests: Sequence[SceneRequest], guided: bool
+        self, run: Run, requests: Sequence[SceneRequest], guided: bool
     ) -> list[Tensor]:
         """Text features per row, the negative rows first; equal prompts are encoded once."""
         rows = [r.negative_prompt for r in requests] if guided else []
@@ -282,7 +218,7 @@ class Gen3RPipeline:
         return [encoded[unique.index(row)] for row in rows]
 
     def _condition(
-        self, run: _Run, requests: Sequence[SceneRequest], texts: list[Tensor], draws: Tensor
+        self, run: Run, requests: Sequence[SceneRequest], texts: list[Tensor], draws: Tensor
     ) -> Conditions:
         """Encode views and cameras and project them for the transformer."""
         frames, height, width = requests[0].num_frames, requests[0].height, requests[0].width
@@ -310,7 +246,7 @@ class Gen3RPipeline:
         return conditions
 
     def _decode(
-        self, run: _Run, requests: Sequence[SceneRequest], joint: Tensor, point_maps: bool
+        self, run: Run, requests: Sequence[SceneRequest], joint: Tensor, point_maps: bool
     ) -> list[Scene]:
         """Joint latents to scenes on the host."""
         height, width = requests[0].height, requests[0].width
@@ -331,7 +267,7 @@ class Gen3RPipeline:
                     width,
                     point_maps=point_maps,
                 )
-                scenes.append(_to_scene(pixels, g))
+                scenes.append(to_scene(pixels, g))
             scenes[-1].info.update(
                 task=request.task,
                 seed=request.seed,
@@ -341,9 +277,9 @@ class Gen3RPipeline:
                 height=height,
                 width=width,
                 dtype=str(self.dtype).removeprefix("torch."),
-                device=_device_name(self.device),
+                device=device_name(self.device),
                 seconds=run.seconds,
-                peak_memory_gib=_peak_memory(self.device),
+                peak_memory_gib=peak_memory(self.device),
             )
         return scenes
 
@@ -359,43 +295,3 @@ def check_batch(requests: Sequence[SceneRequest]) -> None:
             f"requests of one batch must agree in frames x height x width, got {listed}; "
             "run them in separate calls"
         )
-
-
-def _normal(
-    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Noise drawn on the generator's own device, then moved."""
-    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
-    return drawn.to(device)
-
-
-def _to_scene(rgb: Tensor, g: stages.Geometry) -> Scene:
-    from gen3r.cameras import to_homogeneous
-
-    def host(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[0].float().cpu()
-
-    return Scene(
-        rgb=rgb,
-        depth=g.depth[0].cpu(),
-        depth_confidence=g.confidence[0].cpu(),
-        extrinsics=to_homogeneous(g.extrinsics[0]).cpu(),
-        intrinsics=g.intrinsics[0].cpu(),
-        points=g.points[0].cpu(),
-        mask=g.mask[0].cpu(),
-        point_map=host(g.point_map),
-        point_confidence=host(g.point_confidence),
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB: allocated on the GPU during this call, or the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -1,7 +1,7 @@
 """3D rotary position tables, plain or for two latents side by side on the width axis.
 
-A head's channel pairs are shared out over time, height and width. Angles are computed in float64 and
-stored as float32 cosines and sines.
+A head's channel pairs are shared out over time, height and width. Angles are computed in float64
+and stored as float32 cosines and sines.
 Sources: rotary embedding (arXiv 2104.09864), Wan2.1 (arXiv 2503.20314), Gen3R; behaviour 2.
 """
 
@@ -16,7 +16,7 @@ THETA = 10000.0
 
 
 def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Channel pairs for time, height and width: c - 2 (c // 3), c // 3, c // 3 with c = head_dim / 2."""
+    """Channel pairs for time, height, width: c - 2 (c // 3), c // 3, c // 3; c = head_dim / 2."""
     third = head_dim // 2 // 3
     return head_dim // 2 - 2 * third, third, third
 
@@ -30,9 +30,9 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:  # cos, sin, each [f * h * w, head_dim / 2] float32
     """Rotation angles of every token of a grid of f x h x w tokens, row-major.
 
-    Pair i of an axis with n pairs turns by position * 10000^(-i / n). With `side_by_side` the column
-    index restarts in the right half, so that both halves share their positions; None takes upstream's
-    rule (h != w).
+    Pair i of an axis with n pairs turns by position * 10000^(-i / n). With `side_by_side` the
+    column index restarts in the right half, so that both halves share their positions; None takes
+    upstream's rule (h != w).
 
     Raises
     ------
@@ -43,7 +43,8 @@ def rope_table(
         side_by_side = height != width
     if side_by_side and width % 2:
         raise ValueError(
-            f"token grid {grid} has an odd width and cannot hold two halves; pass side_by_side=False"
+            f"token grid {grid} has an odd width and cannot hold two halves; "
+            "pass side_by_side=False"
         )
     columns = torch.arange(width, device=device)
     if side_by_side:

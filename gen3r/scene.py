@@ -19,9 +19,8 @@ TRAJECTORIES = (
     *("translate_up", "translate_down"),
 )
 
-ImageLike = (
-    Image.Image | np.ndarray | Tensor
-)  # uint8 [H, W, 3 or 4], [H, W]; float [3, H, W] in [0, 1]
+# uint8 [H, W, 3 or 4] or [H, W]; float [3, H, W] in [0, 1]
+ImageLike = Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class SceneRequest:
 
     Parameters
     ----------
-    images : conditioning views: 1 for ``1view``, 2 for ``2view``, >= 3 video frames for ``allview``.
+    images : conditioning views: 1 for ``1view``, 2 for ``2view``, 3 or more for ``allview``.
     prompt, negative_prompt : text; both may be empty.
     task : ``1view``, ``2view``, ``allview``, or None to take it from the number of images.
     cameras : a trajectory name or a `Cameras`; ignored by ``allview``, as upstream.
@@ -133,7 +132,8 @@ class SceneRequest:
         if self.num_frames < 1 or self.num_frames % 4 != 1:
             lower = max(1, (self.num_frames - 1) // 4 * 4 + 1)
             raise ValueError(
-                f"num_frames {self.num_frames} is not of the form 4k + 1; use {lower} or {lower + 4}"
+                f"num_frames {self.num_frames} is not of the form 4k + 1; "
+                f"use {lower} or {lower + 4}"
             )
         if task == "2view" and self.num_frames < 5:
             raise ValueError(f"task 2view needs at least 5 frames, num_frames is {self.num_frames}")
@@ -178,13 +178,13 @@ class Scene:
     def save(self, directory: str | Path) -> Path:
         """Write rgb.mp4, cameras.json, pcds.ply (masked points) and scene.npz; returns the folder.
 
-        The folder is written beside its final name and renamed, so it is whole or not there. A folder
-        of that name must not exist yet.
+        The folder is written beside its final name and renamed, so it is whole or not there. A
+        folder of that name must not exist yet.
 
         Raises
         ------
         FileExistsError : the folder exists. OSError : it cannot be written.
         """
-        from gen3r.media import save_scene
+        from gen3r.writers import save_scene
 
         return save_scene(self, Path(directory))

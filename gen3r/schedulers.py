@@ -2,16 +2,18 @@
 
 A `Schedule` is a table made once per request: timesteps for the model and, per step, the scalars of
 `gen3r_kernels.guidance_step`. Behaviour 10: diffusers applies Euler's shift twice when it makes
-inference steps, and the `shift` of a call does nothing for Euler; UniPC and DPM-Solver++ take it and
-truncate their timesteps to integers.
+inference steps, and the `shift` of a call does nothing for Euler; UniPC and DPM-Solver++ take it
+and truncate their timesteps to integers.
 
-Sources: flow matching (arXiv 2210.02747), UniPC (arXiv 2302.04867), DPM-Solver++ (arXiv 2211.01095).
+Sources: flow matching (arXiv 2210.02747), UniPC (arXiv 2302.04867), DPM-Solver++
+(arXiv 2211.01095).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,7 +84,7 @@ def _euler(num_steps: int, scheduler: FlowMatchEulerDiscreteScheduler) -> Schedu
     scheduler = type(scheduler).from_config(scheduler.config)  # set_timesteps changes the object
     scheduler.set_timesteps(num_steps)
     sigmas = scheduler.sigmas.tolist()
-    steps = tuple(EulerStep(b - a) for a, b in zip(sigmas, sigmas[1:], strict=False))
+    steps = tuple(EulerStep(b - a) for a, b in pairwise(sigmas))
     return Schedule("euler", tuple(scheduler.timesteps.tolist()), tuple(sigmas), steps)
 
 
@@ -91,13 +93,13 @@ def _shifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
 
 
 def unipc_sigmas(num_steps: int, shift: float) -> np.ndarray:
-    """UniPC's noise levels [num_steps] float64: from 1 - 1/1000 down, shifted; the final 0 is left out."""
+    """UniPC's noise levels [num_steps] float64: shifted, from 1 - 1/1000 down, no final 0."""
     start = float(np.float32(1 - 1 / TRAIN_STEPS))
     return _shifted(np.linspace(start, 0.0, num_steps + 1)[:-1], shift)
 
 
 def dpm_sigmas(num_steps: int, shift: float) -> np.ndarray:
-    """DPM-Solver++'s noise levels [num_steps] float64: from 1 down, shifted; the final 0 is left out."""
+    """DPM-Solver++'s noise levels [num_steps] float64: shifted, from 1 down, no final 0."""
     return _shifted(np.linspace(1.0, 0.0, num_steps + 1)[:-1], shift)
 
 
@@ -116,13 +118,13 @@ def _log_snr(sigma: float) -> float:
     return math.log(1 - sigma) - math.log(sigma)
 
 
-def _predictor(s: float, t: float) -> tuple[float, float, float, float]:
-    """(sigma ratio, factor, lambda step, lambda at s) of the first-order exponential update s -> t.
+def _predictor(s: float, t: float) -> tuple[float, float, float]:
+    """(sigma ratio, factor, lambda step) of the first-order exponential update s -> t.
 
     x_t = ratio * x_s + factor * m, factor = alpha_t * (1 - exp(-h)), h = lambda_t - lambda_s.
     """
     h = _log_snr(t) - _log_snr(s)
-    return t / s, (1 - t) * -math.expm1(-h), h, _log_snr(s)
+    return t / s, (1 - t) * -math.expm1(-h), h
 
 
 def _second_order(sigmas: list[float], i: int, h: float) -> float:
@@ -139,7 +141,7 @@ def _unipc_steps(table: np.ndarray) -> tuple[MultistepStep, ...]:
         corrector = None
         if i > 0:
             corrector = _unipc_corrector(sigmas, i, order=min(2, i, count - i + 1))
-        ratio, factor, h, _ = _predictor(sigmas[i], sigmas[i + 1])
+        ratio, factor, h = _predictor(sigmas[i], sigmas[i + 1])
         latest, previous = factor, 0.0
         if i > 0 and i < count - 1:
             previous = factor * 0.5 / _second_order(sigmas, i, h) * -1
@@ -150,7 +152,7 @@ def _unipc_steps(table: np.ndarray) -> tuple[MultistepStep, ...]:
 
 def _unipc_corrector(sigmas: list[float], i: int, order: int) -> tuple[float, float, float, float]:
     """Weights of (x_{i-1}, m_{i-1}, m_{i-2}, m_i) that correct the sample at step i."""
-    ratio, factor, h, _ = _predictor(sigmas[i - 1], sigmas[i])
+    ratio, factor, h = _predictor(sigmas[i - 1], sigmas[i])
     if order == 1:
         return ratio, factor * 0.5, 0.0, factor * 0.5
     # Two conditions on the weights of the differences (arXiv 2302.04867, eq. 10, for -h).
@@ -170,7 +172,7 @@ def _dpm_steps(table: np.ndarray) -> tuple[MultistepStep, ...]:
     sigmas = [*table.tolist(), 0.0]
     steps = []
     for i in range(len(table)):
-        ratio, factor, h, at = _predictor(sigmas[i], sigmas[i + 1])
+        ratio, factor, h = _predictor(sigmas[i], sigmas[i + 1])
         latest, previous = factor, 0.0
         # From sigma = 1 the previous step is infinitely long: its difference has no weight.
         if 0 < i < len(table) - 1 and math.isfinite(_log_snr(sigmas[i - 1])):

@@ -1,7 +1,8 @@
 """The arrows of a request: pure functions with named tensors in and out.
 
-views -> `ViewLatents`, cameras -> Pluecker latents, latents + conditions -> joint latents -> `Appearance`
-and `Geometry`. The reference pipeline calls them plainly; a faster runtime calls the same functions.
+views -> `ViewLatents`, cameras -> Pluecker latents, latents + conditions -> joint latents ->
+`Appearance` and `Geometry`. The reference pipeline calls them plainly; a faster runtime calls the
+same functions.
 Source: upstream's pipeline; behaviours 4, 7, 9, 10, 11, 14.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +34,10 @@ PATCH = 2  # latents per token, in rows and columns
 
 
 def latent_grid(height: int, width: int) -> tuple[int, int]:
-    """(h, w) of one half of the joint latents: an eighth of the pixels, rounded up to whole patches.
+    """(h, w) of one half of the joint latents: an eighth of the pixels, up to whole patches.
 
-    Odd multiples of 56 pixels have an odd latent size, which 2 x 2 patches do not divide: each half gets
-    one row and column more, which is generated with the rest and cropped before decoding.
+    Odd multiples of 56 pixels have an odd latent size, which 2 x 2 patches do not divide: each half
+    gets one row and column more, which is generated with the rest and cropped before decoding.
     """
     rows, columns = height // VAE_STRIDE, width // VAE_STRIDE
     return rows + rows % PATCH, columns + columns % PATCH
@@ -89,8 +91,8 @@ def camera_path(
 ) -> Cameras | None:
     """The request's cameras relative to the first frame; None where the model gets none.
 
-    Built-in moves take intrinsics and scene scale from VGGT on the views. ``free`` and ``allview`` use no
-    cameras, so VGGT is not run for them.
+    Built-in moves take intrinsics and scene scale from VGGT on the views. ``free`` and ``allview``
+    use no cameras, so VGGT is not run for them.
     """
     if request.task == "allview" or request.cameras == "free":
         return None
@@ -114,7 +116,7 @@ def encode_cameras(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:  # [1, 24, f, H, 2 W]
-    """Packed Pluecker maps of one camera path, over the pixels of `latent_grid`; zeros without one."""
+    """Packed Pluecker maps of a camera path, over the pixels of `latent_grid`; None gives zeros."""
     height, width = (VAE_STRIDE * n for n in latent_grid(height, width))
     if path is None:
         plucker = torch.zeros(num_frames, 6, height, width, device=device, dtype=dtype)
@@ -222,11 +224,11 @@ def decode_geometry(
     if len(rows) == 1:
         return rows[0]
 
-    def stack(name: str) -> Tensor | None:
+    stacked: dict[str, Any] = {}
+    for name in Geometry.__dataclass_fields__:
         values = [getattr(row, name) for row in rows]
-        return None if values[0] is None else torch.cat(values)
-
-    return Geometry(**{name: stack(name) for name in Geometry.__dataclass_fields__})  # type: ignore[arg-type]
+        stacked[name] = None if values[0] is None else torch.cat(values)
+    return Geometry(**stacked)
 
 
 def _decode_geometry(

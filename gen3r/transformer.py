@@ -1,17 +1,18 @@
 """The diffusion transformer: Wan2.1 image-to-video with camera control over side-by-side latents.
 
-One token is a 1 x 2 x 2 patch of the joint latents [appearance | geometry]; at 49 frames of 560 x 560
-the grid is 13 x 35 x 70 = 31,850 tokens. Weights and matrix products are in the weights' dtype; the
-residual stream, norms, time embedding and modulation are float32.
+One token is a 1 x 2 x 2 patch of the joint latents [appearance | geometry]; at 49 frames of
+560 x 560 the grid is 13 x 35 x 70 = 31,850 tokens. Weights and matrix products are in the weights'
+dtype; the residual stream, norms, time embedding and modulation are float32.
 
-Sources: Wan2.1 (arXiv 2503.20314), Gen3R (arXiv 2601.04090); behaviours 2, 3 and 9. Module names are
-the checkpoint's parameter names.
+Sources: Wan2.1 (arXiv 2503.20314), Gen3R (arXiv 2601.04090); behaviours 2, 3 and 9. Module names
+are the checkpoint's parameter names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +21,8 @@ from torch.nn import functional as F
 from gen3r.camera_control import CameraAdapter
 from gen3r.config import TransformerConfig
 from gen3r.rope import rope_table
-from gen3r_kernels import (
-    Backends,
-    attention,
-    cross_attention,
-    gated_residual,
-    layer_norm_modulate,
-    rms_norm,
-    rms_norm_rope,
-)
-
-Norm = dict[str, Tensor | None]  # keyword arguments of layer_norm_modulate: scale and shift
-
-
-class RMSNorm(nn.Module):
-    """Holds the gain of an RMSNorm; the operators compute it."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+from gen3r.transformer_blocks import Block, Head, ImageProjection, Norm
+from gen3r_kernels import Backends, layer_norm_modulate
 
 
 @dataclass(frozen=True)
@@ -55,153 +39,6 @@ class Conditions:
     image: Tensor
     cameras: Tensor | None
     control: Tensor
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
-        super().__init__()
-        dim = config.dim
-        self.config, self.backends = config, backends
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, S, C]
-        rope: tuple[Tensor, Tensor],  # cos, sin, each [S, D / 2]
-    ) -> Tensor:  # [B, S, C]
-        heads = self.config.num_heads
-        q, k = rms_norm_rope(
-            self.q(x),
-            self.k(x),
-            self.norm_q.weight,
-            self.norm_k.weight,
-            *rope,
-            num_heads=heads,
-            eps=self.config.eps,
-        )
-        v = self.v(x).unflatten(-1, (heads, -1))
-        return self.o(attention(q, k, v, self.backends).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Text and image attention with separate keys and values, summed before `o`."""
-
-    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
-        super().__init__()
-        dim = config.dim
-        self.config, self.backends = config, backends
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
-        self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_k_img = RMSNorm(dim)
-
-    def keys_values(
-        self,
-        text: Tensor,  # [B, Lt, C]
-        image: Tensor,  # [B, Li, C]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # k_text, v_text, k_image, v_image: [B, L, H, D]
-        """Constant over the denoising steps."""
-        eps = self.config.eps
-        parts = (
-            rms_norm(self.k(text), self.norm_k.weight, eps),
-            self.v(text),
-            rms_norm(self.k_img(image), self.norm_k_img.weight, eps),
-            self.v_img(image),
-        )
-        k_text, v_text, k_image, v_image = (
-            part.unflatten(-1, (self.config.num_heads, -1)) for part in parts
-        )
-        return k_text, v_text, k_image, v_image
-
-    def forward(
-        self,
-        x: Tensor,  # [B, S, C]
-        keys_values: tuple[Tensor, Tensor, Tensor, Tensor],
-    ) -> Tensor:  # [B, S, C]
-        q = rms_norm(self.q(x), self.norm_q.weight, self.config.eps)
-        q = q.unflatten(-1, (self.config.num_heads, -1))
-        return self.o(cross_attention(q, *keys_values, self.backends).flatten(2))
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each behind a norm.
-
-    The block is given its first norm's output and returns the next block's, so that every residual
-    update runs together with the norm that reads it.
-    """
-
-    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
-        super().__init__()
-        self.config = config
-        self.self_attn = SelfAttention(config, backends)
-        self.norm3 = nn.LayerNorm(config.dim, config.eps)
-        self.cross_attn = CrossAttention(config, backends)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
-        )
-        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
-
-    def forward(
-        self,
-        stream: Tensor,  # [B, S, C] float32
-        normed: Tensor,  # [B, S, C]
-        modulation: tuple[Tensor, ...],  # 6 x [B, 1, C] float32: shift, scale, gate, twice
-        following: Norm,  # scale and shift of the norm behind this block
-        keys_values: tuple[Tensor, Tensor, Tensor, Tensor],
-        rope: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:  # stream and normed for what follows
-        eps, dtype = self.config.eps, normed.dtype
-        _, _, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        stream, normed = gated_residual(
-            stream,
-            self.self_attn(normed, rope),
-            attention_gate,
-            weight=self.norm3.weight,
-            bias=self.norm3.bias,
-            eps=eps,
-            out_dtype=dtype,
-        )
-        stream, normed = gated_residual(
-            stream,
-            self.cross_attn(normed, keys_values),
-            scale=ffn_scale,
-            shift=ffn_shift,
-            eps=eps,
-            out_dtype=dtype,
-        )
-        return gated_residual(
-            stream, self.ffn(normed), ffn_gate, **following, eps=eps, out_dtype=dtype
-        )
-
-
-class Head(nn.Module):
-    """The last norm's modulation and the projection to patches."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-        self.head = nn.Linear(config.dim, config.out_dim * patch)
-        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
-
-
-class ImageProjection(nn.Module):
-    """CLIP tokens to the transformer's width."""
-
-    def __init__(self, clip_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.LayerNorm(clip_dim),
-            nn.Linear(clip_dim, clip_dim),
-            nn.GELU(),
-            nn.Linear(clip_dim, dim),
-            nn.LayerNorm(dim),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
 
 
 def sinusoidal_embedding(
@@ -248,6 +85,11 @@ class WanTransformer(nn.Module):
         self.head = Head(config)
 
     @property
+    def typed_blocks(self) -> list[Block]:
+        """The blocks; a ModuleList forgets the class of its items."""
+        return [cast(Block, block) for block in self.blocks]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype
 
@@ -276,7 +118,7 @@ class WanTransformer(nn.Module):
         features = sinusoidal_embedding(timesteps, self.config.freq_dim)
         e = _float32(self.time_embedding, features)
         e0 = _float32(self.time_projection, e).unflatten(-1, (6, -1))
-        tables = [(block.modulation.float() + e0).split(1, dim=1) for block in self.blocks]
+        tables = [(block.modulation.float() + e0).split(1, dim=1) for block in self.typed_blocks]
         shift, scale = (self.head.modulation.float() + e[:, None]).split(1, dim=1)
         return tables, {"scale": scale, "shift": shift}
 
@@ -309,9 +151,10 @@ class WanTransformer(nn.Module):
         tables, head = self.modulation(timesteps)
 
         stream = x.flatten(2).transpose(1, 2).float()
-        norms: list[Norm] = [{"shift": t[0], "scale": t[1]} for t in tables] + [head]
+        norms: list[Norm] = [{"shift": t[0], "scale": t[1]} for t in tables]
+        norms.append(head)
         normed = layer_norm_modulate(stream, **norms[0], eps=self.config.eps, out_dtype=self.dtype)
-        for block, table, following in zip(self.blocks, tables, norms[1:], strict=True):
+        for block, table, following in zip(self.typed_blocks, tables, norms[1:], strict=True):
             keys_values = block.cross_attn.keys_values(conditions.text, conditions.image)
             stream, normed = block(stream, normed, table, following, keys_values, rope)
         return self.unpatchify(self.head.head(normed), grid)

@@ -10,6 +10,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 FULL_GOLDEN = REPOSITORY.parent / "shared" / "reference" / "golden"
 SLIM_GOLDEN = REPOSITORY / "tests" / "golden"
+GPU_TESTS = pytest.StashKey[frozenset[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,8 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         type=Path,
         metavar="DIR",
-        help="folder of golden fixtures (repeatable); default: the full reference set where it lies "
-        "beside the checkout, else the slim set in tests/golden",
+        help="folder of golden fixtures (repeatable); default: the full reference set where it "
+        "lies beside the checkout, else the slim set in tests/golden",
     )
 
 
@@ -39,17 +40,22 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[GPU_TESTS] = frozenset(item.nodeid for item in marked)
     if torch.cuda.is_available():
         return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how much was not tested for want of a GPU."""
-    skipped = [r for r in terminalreporter.getreports("skipped") if "gpu" in r.keywords]
-    if skipped:
-        terminalreporter.write_line(f"{len(skipped)} GPU tests were skipped: no CUDA GPU here")
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how many tests marked `gpu` were skipped, and whether for want of a GPU."""
+    # By name, not by keyword: the folder tests/gpu is a keyword of every test in it.
+    marked = config.stash.get(GPU_TESTS, frozenset())
+    skipped = [r for r in terminalreporter.getreports("skipped") if r.nodeid in marked]
+    reason = "" if torch.cuda.is_available() else ": no CUDA GPU here"
+    terminalreporter.write_line(f"{len(skipped)} GPU tests were skipped{reason}")

@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 
 from gen3r.folders import whole_folder
-from gen3r.media import masked_cloud, save_video, write_cameras, write_npz, write_ply
 from gen3r.scene import Cameras, ImageLike, Scene, SceneRequest
+from gen3r.writers import masked_cloud, save_video, write_cameras, write_npz, write_ply
 from gen3r_engine.depth_colors import depth_colors
 from gen3r_engine.fusion import FusionConfig, fuse_points
 from gen3r_engine.preview import PreviewContent, contact_sheet

@@ -8,6 +8,7 @@ model was built with; today the reference serves every device and dtype.
 
 from gen3r_kernels.attention import attention, attention_reference
 from gen3r_kernels.backends import ATTENTION_BACKENDS, AttentionBackend, Backends
+from gen3r_kernels.conv3d import conv3d, conv3d_reference
 from gen3r_kernels.cross_attention import cross_attention, cross_attention_reference
 from gen3r_kernels.gated_residual import gated_residual, gated_residual_reference
 from gen3r_kernels.guidance_step import (
@@ -34,6 +35,8 @@ __all__ = [
     "MultistepStep",
     "attention",
     "attention_reference",
+    "conv3d",
+    "conv3d_reference",
     "cross_attention",
     "cross_attention_reference",
     "gated_residual",

@@ -1,9 +1,9 @@
 """Named attention backends and the value that selects them.
 
 A backend is a library or kernel that computes softmax(q k^T / sqrt(D)) v. Each one declares what it
-needs (device, compute capability, dtypes, head sizes, backward) and can be asked whether it is there;
-asking for one that is not there raises and says how to install it. Nothing is chosen silently: the
-name ``auto`` stands for ``sdpa`` on every device until measured tables say otherwise.
+needs (device, compute capability, dtypes, head sizes, backward) and can be asked whether it is
+there; asking for one that is not there raises and says how to install it. Nothing is chosen
+silently: the name ``auto`` stands for ``sdpa`` on every device until measured tables say otherwise.
 """
 
 from __future__ import annotations

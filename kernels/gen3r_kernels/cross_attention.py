@@ -2,8 +2,8 @@
 
 o = softmax(q k_t^T / sqrt(D)) v_t + softmax(q k_i^T / sqrt(D)) v_i
 
-k_t, v_t come from the padded text context (no mask: padding keys take part, as upstream), k_i, v_i from
-the 257 image tokens. Source: Wan2.1 image-to-video cross-attention (arXiv 2503.20314).
+k_t, v_t come from the padded text context (no mask: padding keys take part, as upstream), k_i, v_i
+from the 257 image tokens. Source: Wan2.1 image-to-video cross-attention (arXiv 2503.20314).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Residual update and the next norm in one pass: s' = s + y * gate; h = layer_norm_modulate(s').
 
 The stream s is float32; y is in the model's dtype; gate is per sample and channel (None means 1).
-Bytes at [2, 31850, 1536]: reads s (391 MB) and y (196 MB), writes s' (391 MB) and h (196 MB): 0.41 ms
-at 2.86 TB/s, against two passes more when the parts run apart.
+Bytes at [2, 31850, 1536]: reads s (391 MB) and y (196 MB), writes s' (391 MB) and h (196 MB):
+0.41 ms at 2.86 TB/s, against two passes more when the parts run apart.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Multistep:  m = x - sigma * v                                 (prediction of the
 The multistep form is UniPC (B2, order 2, arXiv 2302.04867) and DPM-Solver++ (2M, arXiv 2211.01095),
 which has no corrector.
 
-Every solver coefficient is a scalar of the schedule, so a step is linear in tensors that are already
-there: it reads each once and writes each once.
+Every solver coefficient is a scalar of the schedule, so a step is linear in tensors that are
+already there: it reads each once and writes each once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Channel RMSNorm of the autoencoders, with SiLU: y = silu(x / max(|x|_2, 1e-12) * sqrt(C) * gamma).
+"""Channel RMSNorm of the VAEs, with SiLU: y = silu(x / max(|x|_2, 1e-12) * sqrt(C) * gamma).
 
-The norm runs over channels (axis 1) at every position of a video [B, C, T, H, W] or image [B, C, H, W].
+The norm runs over channels (axis 1) at every position of a video [B, C, T, H, W] or an image
+[B, C, H, W].
 Source: Wan2.1 VAE (arXiv 2503.20314).
 """
 
@@ -16,7 +17,10 @@ def rms_norm_silu_reference(
     silu: bool = True,
 ) -> Tensor:  # shape of x, float32
     """The definition in float32."""
-    y = F.normalize(x.float(), dim=1) * x.shape[1] ** 0.5 * gamma.float()
+    x = x.float()
+    # A plain sum of squares: torch's vector norm over a strided axis is 25 times slower on a CPU.
+    length = (x * x).sum(1, keepdim=True).sqrt().clamp(min=1e-12)
+    y = x / length * (x.shape[1] ** 0.5 * gamma.float())
     return F.silu(y) if silu else y
 
 

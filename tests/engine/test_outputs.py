@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gen3r.media import load_video, masked_cloud, read_cameras
+from gen3r.media import load_video, read_cameras
 from gen3r.scene import SceneRequest
+from gen3r.writers import masked_cloud
 from gen3r_engine import outputs
 from gen3r_engine.depth_colors import colormap, depth_colors
 from gen3r_engine.fusion import FusionConfig

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gen3r.appearance_vae import AppearanceVAE
 from gen3r.causal_video import ChunkCache, Posterior
@@ -231,6 +231,15 @@ def test_log_variances_are_clamped_and_not_rescaled(kind: str) -> None:
     mean = torch.tensor(model.latents_mean).view(16, 1, 1, 1)
     std = torch.tensor(model.latents_std).view(16, 1, 1, 1)
     assert torch.allclose(posterior.mean, (moments[:, :16] - mean) / std, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CLIP)
+def test_casts_of_every_part(kind: str) -> None:
+    """No attribute hides a method of nn.Module, on any submodule."""
+    model = build(kind)
+    hidden = {n for m in model.modules() for n in vars(m) if callable(getattr(nn.Module, n, None))}
+    assert hidden == set()
+    assert {p.dtype for m in model.modules() for p in m.double().parameters()} == {torch.float64}
 
 
 def real_models() -> dict[str, VideoAutoencoder]:

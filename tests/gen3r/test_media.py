@@ -19,10 +19,8 @@ from gen3r.media import (
     load_video,
     load_views,
     read_cameras,
-    save_video,
-    write_cameras,
-    write_ply,
 )
+from gen3r.writers import save_video, write_cameras, write_ply
 
 
 def picture(height: int = 40, width: int = 56) -> np.ndarray:

@@ -1,0 +1,131 @@
+"""What one pipeline call needs beside the model: progress, timing, noise, the finished scene."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gen3r.cameras import to_homogeneous
+from gen3r.scene import Scene, SceneRequest
+from gen3r.stages import Geometry, latent_shape
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass
+class Run:
+    """Book-keeping of one call: seconds per stage and progress events."""
+
+    device: torch.device
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Tell the caller's `progress`, if there is one."""
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Time a stage, the GPU's queue included; yields a function that reports progress."""
+        self.report(name, 0, total)
+        start = time.perf_counter()
+        yield lambda done: self.report(name, done, total)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.report(name, total, total)
+
+
+def draw_noise(
+    requests: Sequence[SceneRequest],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: Tensor | None,  # [B, C, f, h, 2 w], or None to draw
+    posterior_noise: Tensor | None,  # [B, C, f, H / 8, W / 8], or None to draw
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [B, C, f, h, 2 w] float32, [B, C, f, H / 8, W / 8]
+    """Initial noise and posterior draws, per request in upstream's order and dtype.
+
+    Raises
+    ------
+    ValueError : another number of generators than of requests, or tensors of another shape.
+    """
+    if generator is None:
+        generators = [torch.Generator(device).manual_seed(r.seed) for r in requests]
+    elif isinstance(generator, torch.Generator):
+        generators = [generator] * len(requests)
+    else:
+        generators = list(generator)
+    if len(generators) != len(requests):
+        raise ValueError(f"{len(generators)} generators for {len(requests)} requests")
+    first = requests[0]
+    shape = latent_shape(first.num_frames, first.height, first.width, channels)
+    half = (*shape[:2], first.height // 8, first.width // 8)
+    noise, draws = [], []
+    for g in generators:
+        if latents is None:
+            noise.append(_normal(shape, g, device, dtype))
+        if posterior_noise is None:
+            draws.append(_normal(half, g, device, dtype))
+    start = torch.stack(noise) if latents is None else latents
+    posterior = torch.stack(draws) if posterior_noise is None else posterior_noise
+    for name, value, expected in (
+        ("latents", start, shape),
+        ("posterior_noise", posterior, half),
+    ):
+        if value.shape != (len(requests), *expected):
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, expected {[len(requests), *expected]}"
+            )
+    return start.to(device, torch.float32), posterior.to(device)
+
+
+def _normal(
+    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Noise drawn on the generator's own device, then moved."""
+    drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    return drawn.to(device)
+
+
+def to_scene(
+    rgb: Tensor,  # [F, H, W, 3] uint8, on the host
+    g: Geometry,  # of a batch of one
+) -> Scene:
+    """Gather one request's results on the host."""
+
+    def host(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[0].float().cpu()
+
+    return Scene(
+        rgb=rgb,
+        depth=g.depth[0].cpu(),
+        depth_confidence=g.confidence[0].cpu(),
+        extrinsics=to_homogeneous(g.extrinsics[0]).cpu(),
+        intrinsics=g.intrinsics[0].cpu(),
+        points=g.points[0].cpu(),
+        mask=g.mask[0].cpu(),
+        point_map=host(g.point_map),
+        point_confidence=host(g.point_confidence),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: allocated on the GPU during this call, or the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    import resource  # POSIX only
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -1,0 +1,33 @@
+"""Ways to run the command line in tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gen3r_engine.cli import main
+from tests.conftest import REPOSITORY
+
+SMALL = ["--frames", "5", "--size", "56", "--outputs", "cameras"]
+
+
+def run(*arguments: str) -> int:
+    """`gen3r-engine run` in this process, small; the exit code."""
+    return main(["run", *SMALL, *arguments])
+
+
+def environment() -> dict[str, str]:
+    floors = [REPOSITORY, *(REPOSITORY / x for x in ("kernels", "engine", "export", "training"))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, floors))}
+
+
+def process(
+    *arguments: str, cwd: Path, starter: Callable[..., Any] = subprocess.run, **settings: Any
+) -> Any:
+    """`gen3r-engine` as a process of its own."""
+    command = [sys.executable, "-m", "gen3r_engine.cli", *arguments]
+    return starter(command, cwd=cwd, env=environment(), text=True, **settings)
