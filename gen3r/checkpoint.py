@@ -8,8 +8,9 @@ tensor by tensor in the asked dtype on the asked device, so the host never holds
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from gen3r.config import ComponentConfig, Gen3RConfig
 from gen3r.schedulers import make_euler_scheduler
 from gen3r_kernels import Backends
 
+READ_AT_ONCE = 2**28  # entries: half a gigabyte in bf16
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -118,14 +120,34 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if isinstance(t, Tensor)}
 
 
-def _tensors(file: TensorFile, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    file: TensorFile, wanted: Container[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """The wanted tensors of a file, one at a time, under upstream's names."""
+    names = {upstream: name for upstream, name in file.names.items() if upstream in wanted}
     if file.path.suffix != ".safetensors":
         state = _load_pickle(file.path)
-        yield from ((upstream, state[name]) for upstream, name in file.names.items())
+        yield from ((upstream, state[name]) for upstream, name in names.items())
         return
-    with safe_open(file.path, "pt", device=str(device)) as handle:
-        for upstream, name in file.names.items():
-            yield upstream, handle.get_tensor(name)
+    # A mapped file counts as host memory as far as it was read; opening it anew bounds that.
+    for group in _groups(names, file.shapes):
+        with safe_open(file.path, "pt", device=str(device)) as handle:
+            for upstream in group:
+                yield upstream, handle.get_tensor(names[upstream])
+
+
+def _groups(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """Names in groups of at most `READ_AT_ONCE` entries; a larger tensor is a group of its own."""
+    group: list[str] = []
+    used = 0
+    for name in names:
+        size = math.prod(shapes[name])
+        if group and used + size > READ_AT_ONCE:
+            yield group
+            group, used = [], 0
+        group.append(name)
+        used += size
+    yield group
 
 
 def compare_names(
@@ -240,9 +262,7 @@ def load_component(
     expected = component.expected(report.config) if report.config else {}
     state: dict[str, Tensor] = {}
     for file in report.files:
-        for name, tensor in _tensors(file, device):
-            if name not in expected:
-                continue
+        for name, tensor in _tensors(file, expected, device):
             pairs = (
                 [(name, tensor)]
                 if component.keys is None

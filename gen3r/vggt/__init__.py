@@ -31,6 +31,6 @@ class VGGT(nn.Module):
         super().__init__()
         self.config = config
         self.aggregator = Aggregator(config, backends)
-        self.camera_head = CameraHead(config, backends)
+        self.camera_head = CameraHead(config)
         self.point_head = DenseHead(config, 3, inverse_log)
         self.depth_head = DenseHead(config, 1, torch.exp)

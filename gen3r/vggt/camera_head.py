@@ -24,12 +24,13 @@ def activate_pose(
 class CameraHead(nn.Module):
     """Camera tokens to pose encodings, refined `ITERATIONS` times."""
 
-    def __init__(self, config: VGGTConfig, backends: Backends) -> None:
+    def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         dim = 2 * config.embed_dim
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, POSE_SIZE))
+        # One token a view: some attention libraries refuse a sequence of one, and none gains here.
         self.trunk = nn.Sequential(
-            *(Block(dim, config.camera_num_heads, backends) for _ in range(config.trunk_depth))
+            *(Block(dim, config.camera_num_heads, Backends()) for _ in range(config.trunk_depth))
         )
         self.token_norm = nn.LayerNorm(dim)
         self.trunk_norm = nn.LayerNorm(dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -15,10 +14,9 @@ from gen3r.config import GEN3R, AppearanceVAEConfig, GeometryAdapterConfig
 from gen3r.geometry_adapter import GeometryAdapter
 from gen3r.video_autoencoder import VideoAutoencoder
 from gen3r_kernels import Backends
-from tests.conftest import FULL_GOLDEN
 from tests.golden_fixtures.golden import COMPONENT_TOLERANCE, relative_error
+from tests.manifest import manifest_component, manifest_shapes
 
-MANIFEST = FULL_GOLDEN.parent / "checkpoint_manifest.json"
 ROUNDING = COMPONENT_TOLERANCE  # other batch and chunk sizes sum in another order (seen: 5e-6)
 
 SMALL_ADAPTER = GeometryAdapterConfig(hidden_dim=8, input_dim=20, output_dim=20, resample_scale=5)
@@ -257,14 +255,11 @@ def test_real_sizes_on_meta() -> None:
     assert all(t.is_meta for m in models.values() for t in m.state_dict().values())
 
 
-@pytest.mark.skipif(
-    not MANIFEST.is_file(), reason="the checkpoint manifest is not beside the checkout"
-)
 @pytest.mark.parametrize("name", ["wan_vae", "geo_adapter"])
 def test_real_names_shapes_and_constants(name: str) -> None:
-    component = json.loads(MANIFEST.read_text())["components"][name]
+    component = manifest_component(name)
     model = real_models()[name]
-    expected = {key: tuple(shape) for key, (shape, _) in component["tensors"].items()}
-    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == expected
+    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    assert shapes == manifest_shapes(name)
     assert list(model.latents_mean) == component["constants"]["mean"]
     assert list(model.latents_std) == component["constants"]["std"]

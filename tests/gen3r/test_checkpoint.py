@@ -18,9 +18,7 @@ from gen3r.config import GEN3R
 from gen3r.nano import build_nano
 from gen3r.pipeline import Gen3RPipeline
 from gen3r.scene import SceneRequest
-from tests.conftest import FULL_GOLDEN
-
-MANIFEST = FULL_GOLDEN.parent / "checkpoint_manifest.json"
+from tests.manifest import manifest_shapes
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +198,6 @@ def test_real_shapes_load_at_their_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(COMPONENTS))
 def test_expected_tensors_are_the_manifests(name: str) -> None:
-    if not MANIFEST.is_file():
-        pytest.skip("the checkpoint manifest is not beside this checkout")
     component = COMPONENTS[name]
-    listed = json.loads(MANIFEST.read_text())["components"][name]["tensors"]
-    wanted = {n: tuple(s) for n, (s, _) in listed.items() if not component.is_tolerated(n)}
+    wanted = {n: s for n, s in manifest_shapes(name).items() if not component.is_tolerated(n)}
     assert component.expected(getattr(GEN3R, name)) == wanted

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +25,7 @@ from gen3r.encoders import (
     to_uint8,
     tokenize_and_encode,
 )
-from tests.conftest import FULL_GOLDEN
+from tests.manifest import manifest_shapes
 
 TEXT = TextEncoderConfig(vocab=20, dim=16, dim_attn=32, dim_ffn=24, num_heads=4, num_layers=2)
 IMAGE = ImageEncoderConfig(image_size=28, vision_dim=16, vision_heads=2, vision_layers=3)
@@ -60,14 +58,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-
-
-def manifest_shapes(component: str) -> dict[str, tuple[int, ...]]:
-    manifest = FULL_GOLDEN.parent / "checkpoint_manifest.json"
-    if not manifest.is_file():
-        pytest.skip(f"{manifest} is not there")
-    tensors = json.loads(manifest.read_text())["components"][component]["tensors"]
-    return {name: tuple(shape) for name, (shape, _) in tensors.items()}
 
 
 def test_text_layout_is_the_checkpoint_s() -> None:

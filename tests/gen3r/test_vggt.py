@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from gen3r.vggt import VGGT, bootstrap, scene_scale, token_list, token_map
 from gen3r.vggt.camera_head import ITERATIONS, activate_pose
 from gen3r.vggt.dense_head import inverse_log
 from gen3r_kernels import Backends
-from tests.conftest import FULL_GOLDEN
+from tests.manifest import manifest_shapes
 
 TINY = VGGTConfig(
     img_size=28,
@@ -177,14 +176,10 @@ def test_gradients_reach_the_parameters() -> None:
 
 
 def test_real_layout_is_the_checkpoint_s() -> None:
-    manifest = FULL_GOLDEN.parent / "checkpoint_manifest.json"
-    if not manifest.is_file():
-        pytest.skip(f"{manifest} is not there")
-    tensors = json.loads(manifest.read_text())["components"]["vggt"]["tensors"]
     with torch.device("meta"):
         model = VGGT(GEN3R.vggt, Backends())
-    ours = {name: list(t.shape) for name, t in model.state_dict().items()}
-    assert ours == {name: shape for name, (shape, _) in tensors.items()}
+    ours = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert ours == manifest_shapes("vggt")
     assert not list(model.buffers())
 
 

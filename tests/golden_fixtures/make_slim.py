@@ -10,6 +10,8 @@ components.
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import shutil
 import sys
@@ -52,12 +54,25 @@ def cut(source: Path, target: Path, pattern: str) -> None:
     save_file(tensors, target, metadata)
 
 
+def cut_manifest(source: Path, target: Path) -> None:
+    """Names, shapes and constants of the checkpoint manifest, compressed."""
+    components = json.loads(source.read_text())["components"]
+    kept = {
+        name: {key: component[key] for key in ("tensors", "constants") if key in component}
+        for name, component in components.items()
+    }
+    text = json.dumps({"components": kept}, separators=(",", ":")).encode()
+    target.write_bytes(gzip.compress(text, 9, mtime=0))
+
+
 def main(full: str, slim: str) -> None:
     """Write the slim set and check its size."""
     target = Path(slim)
     target.mkdir(parents=True, exist_ok=True)
     for kind, pattern in KEPT.items():
         cut(Path(full) / f"{kind}.safetensors", target / f"{kind}.safetensors", pattern)
+    manifest = "checkpoint_manifest.json"
+    cut_manifest(Path(full).parent / manifest, target / f"{manifest}.gz")
     shutil.copytree(Path(full) / "e2e_tokenizer", target / "e2e_tokenizer", dirs_exist_ok=True)
     total = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     print(f"{target}: {total:,} bytes")

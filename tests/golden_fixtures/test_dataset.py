@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,13 @@ def scene(golden: Golden, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def sampling_cases(golden: Golden) -> dict[str, Any]:
+    """The cases of the metadata whose tensors are there."""
+    return {n: o for n, o in golden.meta["cases"].items() if f"{n}/frames_0_255" in golden}
+
+
 def test_every_sampling_case(golden: Golden, scene: Path) -> None:
-    for case, options in golden.meta["cases"].items():
+    for case, options in sampling_cases(golden).items():
         limit = options["total_frames"]
         clip = load_clip(
             scene,
@@ -93,6 +99,6 @@ def test_poses_that_are_not_relative_are_wrong(golden: Golden) -> None:
         f["file_path"].rsplit("/")[-1]: f["transform_matrix"]
         for f in golden.meta["transforms"]["frames"]
     }
-    for case, options in golden.meta["cases"].items():
+    for case, options in sampling_cases(golden).items():
         raw = torch.tensor([poses[name] for name in options["frame_names"]])
         assert relative_error(raw, golden[f"{case}/c2ws"]) > 100 * COMPONENT_TOLERANCE

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +24,16 @@ def test_slim_set_is_a_cut_of_the_full_set() -> None:
                 full[name] if stem is None else full[stem][..., :: STRIDED[stem], :: STRIDED[stem]]
             )
             assert torch.equal(tensor, original), f"{kind}/{name}"
+
+
+def test_slim_manifest_is_the_full_one() -> None:
+    path = FULL_GOLDEN.parent / "checkpoint_manifest.json"
+    if not path.is_file():
+        pytest.skip("the full manifest is not beside this checkout")
+    full = json.loads(path.read_text())["components"]
+    text = gzip.decompress((SLIM_GOLDEN / "checkpoint_manifest.json.gz").read_bytes())
+    for name, component in json.loads(text)["components"].items():
+        assert {k: full[name][k] for k in component} == component
 
 
 def test_slim_set_keeps_to_its_budget() -> None:
