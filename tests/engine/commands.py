@@ -22,7 +22,8 @@ def run(*arguments: str) -> int:
 
 def environment() -> dict[str, str]:
     floors = [REPOSITORY, *(REPOSITORY / x for x in ("kernels", "engine", "export", "training"))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, floors))}
+    inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, floors), *inherited])}
 
 
 def process(
