@@ -23,7 +23,7 @@ from gen3r.conditioning import control_video, prepare_views
 from gen3r.config import Gen3RConfig
 from gen3r.encoders import tokenize_and_encode
 from gen3r.geometry_adapter import GeometryAdapter
-from gen3r.run import Progress, Run, device_name, draw_noise, peak_memory, to_scene
+from gen3r.run import Progress, Run, device_name, draw_noise, full_float32, peak_memory, to_scene
 from gen3r.scene import Cameras, ImageLike, Scene, SceneRequest
 from gen3r.schedulers import make_schedule
 from gen3r.transformer import Conditions, WanTransformer
@@ -163,14 +163,15 @@ class Gen3RPipeline:
                     prompt=prompt,
                     task=task,
                     cameras=cameras,
-                    num_frames=num_frames or self.config.num_frames,
-                    height=height or self.config.size,
-                    width=width or self.config.size,
+                    num_frames=self.config.num_frames if num_frames is None else num_frames,
+                    height=self.config.size if height is None else height,
+                    width=self.config.size if width is None else width,
                     negative_prompt=negative_prompt,
                     seed=seed,
                 )
             ]
         check_batch(requests)
+        schedule = make_schedule(solver, num_inference_steps, shift=shift, euler=self.scheduler)
         run = Run(self.device, progress)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -178,8 +179,6 @@ class Gen3RPipeline:
         noise, draws = draw_noise(
             requests, generator, latents, posterior_noise, channels, self.device, self.dtype
         )
-        texts = self._encode_text(run, requests, guidance_scale > 1)
-        conditions = self._condition(run, requests, texts, draws)
 
         def on_step(index: int, timestep: float, x: Tensor) -> Tensor | None:
             tick(index + 1)
@@ -187,14 +186,16 @@ class Gen3RPipeline:
                 return None
             return callback_on_step_end(self, index, timestep, {"latents": x}).get("latents")
 
-        with run.stage("denoise", num_inference_steps) as tick:
-            schedule = make_schedule(solver, num_inference_steps, shift=shift, euler=self.scheduler)
-            joint = stages.denoise(
-                self.transformer, conditions, noise, schedule, guidance_scale, on_step
-            )
-        if output_type == "latent":
-            return joint
-        scenes = self._decode(run, requests, joint, point_maps)
+        with full_float32(self.dtype == torch.float32):
+            texts = self._encode_text(run, requests, guidance_scale > 1)
+            conditions = self._condition(run, requests, texts, draws)
+            with run.stage("denoise", num_inference_steps) as tick:
+                joint = stages.denoise(
+                    self.transformer, conditions, noise, schedule, guidance_scale, on_step
+                )
+            if output_type == "latent":
+                return joint
+            scenes = self._decode(run, requests, joint, point_maps)
         for scene in scenes:
             scene.info.update(
                 steps=num_inference_steps,

@@ -42,6 +42,21 @@ class Run:
         self.report(name, total, total)
 
 
+@contextmanager
+def full_float32(active: bool) -> Iterator[None]:
+    """Inside, float32 on a GPU means float32 and not TF32 (torch lets convolutions use it)."""
+    if not active:
+        yield
+        return
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
 def draw_noise(
     requests: Sequence[SceneRequest],
     generator: torch.Generator | Sequence[torch.Generator] | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,8 @@ class SceneRequest:
     prompt, negative_prompt : text; both may be empty.
     task : ``1view``, ``2view``, ``allview``, or None to take it from the number of images.
     cameras : a trajectory name or a `Cameras`; ignored by ``allview``, as upstream.
-    num_frames : frames to generate, 4k + 1. ``allview`` with fewer images uses the largest 4k + 1.
+    num_frames : frames to generate, 4k + 1. ``allview`` with fewer images uses the largest 4k + 1
+        and warns.
     height, width : pixels, multiples of 56.
     seed : seed of this request's noise, unless the pipeline is given generators.
 
@@ -145,7 +147,10 @@ class SceneRequest:
         if isinstance(self.cameras, str):
             object.__setattr__(self, "cameras", trajectory_name(self.cameras))
         if task == "allview" and count < self.num_frames:
-            object.__setattr__(self, "num_frames", (count - 1) // 4 * 4 + 1)
+            used = (count - 1) // 4 * 4 + 1
+            message = f"allview: {count} images for {self.num_frames} frames; {used} will be made"
+            warnings.warn(message, stacklevel=3)
+            object.__setattr__(self, "num_frames", used)
         if task != "allview" and isinstance(self.cameras, Cameras):
             self.cameras.head(self.num_frames)
         object.__setattr__(self, "task", task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,10 @@ def test_task_follows_from_the_images() -> None:
 
 @pytest.mark.parametrize(("given", "used"), [(48, 45), (49, 49), (60, 49), (17, 17), (20, 17)])
 def test_allview_uses_the_largest_4k_plus_1(given: int, used: int) -> None:
-    assert SceneRequest([IMAGE] * given).num_frames == used
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert SceneRequest([IMAGE] * given).num_frames == used
+    assert [f"{used} will be made" in str(w.message) for w in said] == [True] * (given < 49)
 
 
 def test_trajectory_names() -> None:

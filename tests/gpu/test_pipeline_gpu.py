@@ -21,9 +21,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _no_tf32() -> Iterator[None]:
+def _tf32_allowed() -> Iterator[None]:
+    """As a program may have it: the pipeline's float32 must be float32 all the same."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     yield
     torch.backends.cudnn.allow_tf32 = convolutions
     torch.backends.cuda.matmul.allow_tf32 = products

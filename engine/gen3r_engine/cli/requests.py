@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,9 @@ class Plan:
         from gen3r.scene import SceneRequest
 
         frames = self.flags.frames or default_frames
-        with user_input(self.where):
+        with user_input(self.where), warnings.catch_warnings():
+            # A shortened clip is told in a note of our own, see `shortened`.
+            warnings.simplefilter("ignore", UserWarning)
             height, width = parse_size(self.flags.size) or (default_size, default_size)
             request = SceneRequest(
                 images=self.views.frames,
