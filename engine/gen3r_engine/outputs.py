@@ -89,6 +89,7 @@ def write_scene(
     config: Mapping[str, Any] | None = None,
     sources: Sequence[str] = (),
     when: datetime | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> WrittenScene:
     """Write one scene to OUTPUT/TASK/TIME (see the module's docstring).
 
@@ -98,6 +99,7 @@ def write_scene(
         `untrained` true the preview says so.
     sources : where the conditioning views came from, for run.json.
     when : the minute in the folder's name; now when None.
+    progress : called with ("write rgb", 0, 1) before and ("write rgb", 1, 1) after each part.
 
     Raises
     ------
@@ -107,7 +109,7 @@ def write_scene(
     task = str(request.task)
     with whole_folder(Path(output_dir) / task, time_stamp(when), numbered=True) as folder:
         writer = _Writer(scene, request, options, folder.path, config or {})
-        seconds = writer.write_all()
+        seconds = writer.write_all(progress or (lambda stage, done, total: None))
         record = _record(scene, request, options, config or {}, sources, seconds)
         record["notes"] = writer.notes
         text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
@@ -134,7 +136,7 @@ class _Writer:
         self.depth: np.ndarray | None = None
         self.notes: list[str] = []
 
-    def write_all(self) -> dict[str, float]:
+    def write_all(self, progress: Callable[[str, int, int], None]) -> dict[str, float]:
         steps: dict[str, Callable[[], None]] = {
             "rgb": lambda: save_video(self.rgb, self.folder / "rgb.mp4"),
             "depth": lambda: save_video(self._depth(), self.folder / "depth.mp4"),
@@ -149,9 +151,11 @@ class _Writer:
         (self.folder / "prompts.txt").write_text(self.request.prompt + "\n", encoding="utf-8")
         for name, step in steps.items():
             if name in self.options.outputs:
+                progress(f"write {name}", 0, 1)
                 start = time.perf_counter()
                 step()
                 seconds[f"write {name}"] = time.perf_counter() - start
+                progress(f"write {name}", 1, 1)
         return seconds
 
     def _depth(self) -> np.ndarray:

@@ -206,7 +206,9 @@ def _load(args: argparse.Namespace, target: _Target) -> Any:
         from gen3r.pipeline import Gen3RPipeline
 
         path = str(Path(name).expanduser()) if _is_local(name) else name
-        with user_input(kinds=(ValueError, OSError, SafetensorError)):
+        known = user_input(kinds=(ValueError, OSError, SafetensorError))
+        with known, StageProgress() as progress:
+            progress("load checkpoint", 0, 1)
             pipe = Gen3RPipeline.from_pretrained(
                 path,
                 torch_dtype=dtype,
@@ -214,6 +216,7 @@ def _load(args: argparse.Namespace, target: _Target) -> Any:
                 backends=backends,
                 allow_pickle=args.allow_pickle,
             )
+            progress("load checkpoint", 1, 1)
     if pipe.untrained:
         note("the embedded model's weights are untrained: the scene will be noise, not a place")
     return pipe
@@ -267,9 +270,16 @@ def _run_batch(
     }
     seconds: dict[str, float] = {}
     for (plan, request), scene in zip(batch, scenes, strict=True):
-        with user_input("the scene could not be written", (OSError,), code=1):
+        failed = user_input("the scene could not be written", (OSError,), code=1)
+        with failed, StageProgress() as progress:
             written = write_scene(
-                scene, request, args.output_dir, options, config=config, sources=plan.views.sources
+                scene,
+                request,
+                args.output_dir,
+                options,
+                config=config,
+                sources=plan.views.sources,
+                progress=progress,
             )
         for text in written.notes:
             note(text)
