@@ -38,7 +38,9 @@ class Component:
     tolerated : beginnings of tensor names that may be there and are not loaded.
     prefix : put before a file's names when none of them has it (standalone files).
     keys : for modules from transformers, the map from upstream's names.
-    defaults : upstream's hard-coded sizes; config.json holds a key of ours only when it differs.
+    upstream_keys : keys that upstream's config.json has; others are written only when they differ
+        from upstream's hard-coded values.
+    extra_json : further constants of upstream's config.json.
     """
 
     name: str

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from gen3r.media import to_rgb
 from gen3r.scene import ImageLike
 
 
@@ -27,20 +28,21 @@ def image_tensor(image: ImageLike) -> Tensor:  # [3, H, W] float32 in [0, 1]
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"float image must be [3, H, W] in [0, 1], got {list(image.shape)}")
         return image.float()
-    pixels = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
-    if isinstance(image, Image.Image) and image.mode not in ("RGB", "RGBA", "L"):
-        alpha = image.mode in ("LA", "PA") or "transparency" in image.info
-        pixels = np.asarray(image.convert("RGBA" if alpha else "RGB"))
+    if not isinstance(image, Image.Image):
+        image = _as_pil(np.asarray(image.cpu() if isinstance(image, Tensor) else image))
+    return torch.from_numpy(to_rgb(image)).permute(2, 0, 1).float() / 255
+
+
+def _as_pil(pixels: np.ndarray) -> Image.Image:
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4):
         raise ValueError(
             f"image must be uint8 [H, W], [H, W, 3] or [H, W, 4], got {pixels.dtype} {pixels.shape}"
         )
-    values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
-    if values.shape[0] == 4:
-        values = values[:3] * values[3:] + (1 - values[3:])
-    return values.expand(3, -1, -1)
+    if pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def center_crop(

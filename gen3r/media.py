@@ -53,10 +53,11 @@ def load_image(path: str | Path) -> np.ndarray:
         raise InputError(
             f"{path} is damaged ({_first_line(error)}); open it in a viewer and save it again"
         ) from error
-    return _to_rgb(image)
+    return to_rgb(image)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:  # [H, W, 3] uint8
+    """Three channels: grey repeated, 16-bit grey scaled to 8 bits, transparency laid on white."""
     if image.mode.startswith(("I", "F")):
         wide = np.asarray(image, dtype=np.float64)
         full = 65535.0 if wide.max(initial=0.0) > 255 else 255.0

@@ -29,13 +29,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
 
-class SelfAttention(nn.Module):
+class Attention(nn.Module):
+    """The projections and norms that self- and cross-attention share."""
+
     def __init__(self, config: TransformerConfig, backends: Backends) -> None:
         super().__init__()
         dim = config.dim
         self.config, self.backends = config, backends
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+
+class SelfAttention(Attention):
+    """Attention among the tokens, with rotary positions."""
 
     def forward(
         self,
@@ -56,15 +62,12 @@ class SelfAttention(nn.Module):
         return self.o(attention(q, k, v, self.backends).flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Text and image attention with separate keys and values, summed before `o`."""
 
     def __init__(self, config: TransformerConfig, backends: Backends) -> None:
-        super().__init__()
+        super().__init__(config, backends)
         dim = config.dim
-        self.config, self.backends = config, backends
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
         self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_k_img = RMSNorm(dim)
 

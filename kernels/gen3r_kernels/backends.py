@@ -61,6 +61,8 @@ class AttentionBackend:
             reason = f"dtype {str(q.dtype).removeprefix('torch.')} is not one of {names}"
         if reason is None and q.shape[-1] > self.max_head_dim:
             reason = f"head size {q.shape[-1]} is above {self.max_head_dim}"
+        if reason is None and q.requires_grad and torch.is_grad_enabled() and not self.has_backward:
+            reason = "it has no backward"
         if reason is not None:
             raise ValueError(f"attention backend '{self.name}': {reason}; use 'sdpa' instead")
 

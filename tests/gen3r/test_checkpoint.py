@@ -96,6 +96,23 @@ def test_dtype_and_second_save(saved: Path, tmp_path: Path) -> None:
         loaded.save_pretrained(tmp_path / "again")
 
 
+def test_large_components_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gen3r.checkpoint_save.MAX_SHARD", "300KB")
+    original = build_nano()
+    original.save_pretrained(tmp_path / "sharded")
+    files = sorted(p.name for p in (tmp_path / "sharded" / "text_encoder").glob("*.safetensors"))
+    assert len(files) > 1
+    assert files[0] == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
+    assert (
+        tmp_path / "sharded/text_encoder/diffusion_pytorch_model.safetensors.index.json"
+    ).exists()
+    loaded = Gen3RPipeline.from_pretrained(tmp_path / "sharded", torch_dtype=torch.float32)
+    for name in COMPONENTS:
+        expected = getattr(original, name).state_dict()
+        actual = getattr(loaded, name).state_dict()
+        assert all(torch.equal(actual[k], expected[k]) for k in expected)
+
+
 def test_every_problem_is_named_at_once(copy: Path) -> None:
     edit(weights(copy, "transformer"), **{"head.head.bias": None, "stranger": torch.zeros(2)})
     edit(weights(copy, "wan_vae"), **{"model.conv2.bias": torch.zeros(3)})

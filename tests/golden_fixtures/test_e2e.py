@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from gen3r.encoders import to_uint8
 from gen3r.pipeline import Gen3RPipeline
 from gen3r.scene import Cameras, Scene, SceneRequest
 from gen3r.transformer import Conditions
-from tests.golden_fixtures.golden import END_TO_END_TOLERANCE, Golden
+from tests.golden_fixtures.golden import END_TO_END_TOLERANCE, Golden, relative_error
 from tests.golden_fixtures.tiny_pipeline import build_pipeline, enlarge
 
 KIND = "e2e"
@@ -46,6 +47,50 @@ def request_of(golden: Golden, case: str) -> SceneRequest:
         width=meta["width"],
         negative_prompt=meta["negative_prompt"],
     )
+
+
+def sampled(golden: Golden, name: str, actual: Tensor) -> tuple[Tensor, Tensor]:
+    """`actual` at the stored positions, and the stored result."""
+    found = golden.stored(name)
+    assert found is not None, name
+    return actual[..., :: found[1], :: found[1]], golden[found[0]]
+
+
+@torch.no_grad()
+def test_wrong_variants(golden: Golden) -> None:
+    """What is easily got wrong must miss the first step's prediction or the control latents."""
+    case = case_names(golden)[0]
+    meta, shared = golden.meta["cases"][case], f"shared_F{golden.meta['cases'][case]['num_frames']}"
+    pipeline = build_pipeline(golden.sibling("e2e_weights"))
+    transformer, calls = pipeline.transformer, []
+    transformer.register_forward_pre_hook(lambda module, args: calls.append(args))
+    pipeline(
+        requests=[request_of(golden, case)],
+        num_inference_steps=1,
+        latents=golden[f"{shared}/noise"],
+        posterior_noise=golden[f"{shared}/vae_posterior_noise"],
+        solver=SOLVERS[meta["scheduler"]],
+        output_type="latent",
+    )
+    latents, times, conditions = calls[0]
+    row = Conditions(*(v if v is None else v[1:] for v in vars(conditions).values()))
+
+    def error(rows: Conditions, side_by_side: bool) -> float:
+        velocity = transformer(latents[1:], times[1:], rows, side_by_side)
+        return relative_error(*sampled(golden, f"{case}/mid/noise_pred_text_step0", velocity))
+
+    assert error(row, True) < END_TO_END_TOLERANCE
+    assert error(row, False) > 10 * END_TO_END_TOLERANCE, "plain rotary table"
+    text = golden[f"{case}/mid/context_1"][None]
+    masked = dataclasses.replace(row, text=transformer.text_embedding(text))
+    assert error(masked, True) > 10 * END_TO_END_TOLERANCE, "masked text padding"
+
+    control = conditions.control[:1].clone()
+    half, channels = control.shape[-1] // 2, golden[f"{shared}/noise"].shape[1]
+    view = control[:, :channels, ..., :half]
+    view.copy_(pipeline.wan_vae.unscale(view.clone()))
+    wrong = relative_error(*sampled(golden, f"{case}/mid/control_latents", control))
+    assert wrong > 10 * END_TO_END_TOLERANCE, "unscaled latents"
 
 
 class Watch:

@@ -82,11 +82,13 @@ def test_token_maps(golden: Golden) -> None:
         check_heads(golden, case, model, lists, size)
 
 
+def plain_skip(self: ResidualUnit, x: Tensor) -> Tensor:
+    """A residual unit whose skip adds x and not relu(x)."""
+    return self.conv2(self.conv1(x.relu()).relu()) + x
+
+
 @torch.no_grad()
 def test_skip_without_relu_is_wrong(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain_skip(self: ResidualUnit, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x.relu()).relu()) + x
-
     model = build(golden)
     monkeypatch.setattr(ResidualUnit, "forward", plain_skip)
     special = model.aggregator.num_special_tokens

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from gen3r.config import VGGTConfig
 from gen3r.vggt import VGGT, bootstrap
+from gen3r.vggt.dense_head import ResidualUnit
 from gen3r_kernels import Backends
-from tests.golden_fixtures.golden import Golden
-from tests.golden_fixtures.test_vggt import stored_layers
+from tests.golden_fixtures.golden import COMPONENT_TOLERANCE, Golden, relative_error
+from tests.golden_fixtures.test_vggt import plain_skip, stored_layers
 
 KIND = "vggt_bootstrap"
 
@@ -50,3 +51,15 @@ def test_bootstrap(golden: Golden) -> None:
         intrinsics, scale = bootstrap(model, images)
         golden.check(f"{case}/intrinsics_first", intrinsics[:, None])
         golden.check(f"{case}/scene_scale", scale[0])
+
+
+@torch.no_grad()
+def test_skip_without_relu_is_wrong(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(golden)
+    monkeypatch.setattr(ResidualUnit, "forward", plain_skip)
+    for case in golden.cases(r"(.+)/control_u8$"):
+        images = views(golden, case)
+        depth, _ = model.depth_head(model.aggregator(images), *images.shape[-2:])
+        name, stride = golden.stored(f"{case}/depth") or pytest.fail(f"{case}: no depth stored")
+        wrong = relative_error(depth[:, :, ::stride, ::stride], golden[name])
+        assert wrong > 100 * COMPONENT_TOLERANCE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,6 +42,15 @@ def test_attention_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="head size 2048 is above 1024"):
         wide = normal(1, 1, 1, 2048)
         ops.attention(wide, wide, wide, Backends())
+
+
+def test_a_backend_without_backward_is_refused_in_training() -> None:
+    backend = dataclasses.replace(ATTENTION_BACKENDS["sdpa"], has_backward=False)
+    q = normal(1, 2, 1, 8).requires_grad_()
+    with pytest.raises(ValueError, match="'sdpa': it has no backward"):
+        backend.check(q)
+    with torch.no_grad():
+        backend.check(q)
 
 
 def test_missing_packages_say_how_to_install() -> None:

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="N|HxW", help="pixels, multiples of 56; default: the model's (560)")
     add("--stride", type=int, default=1, help="take every n-th frame of a video or folder")
     add("--negative_prompt", default="bad detailed", help="default: 'bad detailed'")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: by device")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: by device")
     add("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda where there is one")
     add("--allow_pickle", action="store_true", help="load .pth files too (weights only)")
     add("--attention", default="auto", help="attention backend (see gen3r-engine doctor)")
