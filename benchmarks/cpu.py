@@ -1,0 +1,109 @@
+"""What runs on the CPU: autoencoder operators against plain PyTorch, and writing a full-size scene.
+
+OMP_NUM_THREADS=2 python -m benchmarks.cpu          # operators, then 49 x 560 x 560 (minutes)
+python -m benchmarks.cpu --frames 9 --size 112
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.harness import Row, percentiles, write_rows
+from gen3r.cameras import depth_bounds, trajectory
+from gen3r.scene import Scene, SceneRequest
+from gen3r_engine.outputs import write_scene
+from gen3r_kernels import conv3d, rms_norm_silu, unproject
+
+REPEATS = 7
+SHAPES = ((12, 6, 112), (48, 6, 28), (6, 6, 560))  # channels, frames, side
+
+
+def timed(run: Callable[[], object]) -> list[float]:
+    """Milliseconds of each repeat, after one warm-up."""
+    run()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def operators() -> list[Row]:
+    """conv3d and the channel norm, float32, one clip; ours beside PyTorch's own."""
+    rows = []
+    for channels, frames, side in SHAPES:
+        x = torch.randn(1, channels, frames, side, side)
+        weight, bias = torch.randn(channels, channels, 3, 3, 3), torch.randn(channels)
+        gamma = torch.randn(channels, 1, 1, 1)
+
+        def norm(x: Tensor = x, gamma: Tensor = gamma) -> Tensor:
+            return F.silu(F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma)
+
+        for op, provider, run in (
+            ("conv3d", "torch", lambda a=(x, weight, bias): F.conv3d(*a)),
+            ("conv3d", "gen3r_kernels", lambda a=(x, weight, bias): conv3d(*a)),
+            ("rms_norm_silu", "torch", norm),
+            ("rms_norm_silu", "gen3r_kernels", lambda a=(x, gamma): rms_norm_silu(*a)),
+        ):
+            rows.append(Row(op, provider, str(tuple(x.shape)), "float32", timed(run)))
+    return rows
+
+
+def synthetic_scene(frames: int, size: int) -> Scene:
+    """A wavy surface with noise on its depth, seen by a turning camera; random colours."""
+    torch.manual_seed(0)
+    extrinsics = torch.linalg.inv(trajectory("arc_left", frames).double())
+    k = torch.tensor([[0.86, 0, 0.5], [0, 0.86, 0.5], [0, 0, 1 / size]]).double() * size
+    k = k.expand(frames, 3, 3)
+    line = torch.linspace(-1, 1, size)
+    surface = 2 + 0.5 * torch.sin(3 * line)[None, :] + 0.3 * torch.cos(4 * line)[:, None]
+    depth = surface + 0.002 * torch.randn(frames, size, size)
+    points, mask = unproject(depth, extrinsics, k, *depth_bounds(depth))
+    rgb = torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8)
+    poses, ones = extrinsics.float(), torch.ones_like(depth)
+    return Scene(rgb, depth, ones, poses, k.float(), points, mask, info={"seconds": {}})
+
+
+def writing(frames: int, size: int) -> list[Row]:
+    """Every default result file of one scene."""
+    scene = synthetic_scene(frames, size)
+    view = np.zeros((size, size, 3), dtype=np.uint8)
+    request = SceneRequest([view], num_frames=frames, height=size, width=size)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = write_scene(scene, request, folder).seconds
+    shape, extra = f"{frames}x{size}x{size}", {"masked_points": int(scene.mask.sum())}
+    return [
+        Row(name.replace(" ", "."), "reference", shape, "float64", [1000 * value], extra)
+        for name, value in seconds.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write benchmarks/results/<cpu>/cpu.jsonl."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--frames", type=int, default=49)
+    parser.add_argument("--size", type=int, default=560)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit")
+    options = parser.parse_args(argv)
+    rows = operators() + writing(options.frames, options.size)
+    for row in rows:
+        median = percentiles(row.milliseconds)["p50_ms"]
+        print(f"{row.op:<16} {row.provider:<14} {row.shape:<24} {median:>12,.2f} ms")
+    print(write_rows(rows, "cpu", options.out, options.commit))
+
+
+if __name__ == "__main__":
+    main()
