@@ -95,14 +95,24 @@ def _gpu(problems: list[str]) -> None:
 
 
 def _attention(problems: list[str]) -> None:
-    from gen3r_kernels import ATTENTION_BACKENDS, Backends
+    import torch
+
+    from gen3r_kernels import ATTENTION_BACKENDS
+    from gen3r_kernels.backends import explain
 
     _heading("attention backends")
-    chosen = Backends().attention_backend.name
     for name, backend in ATTENTION_BACKENDS.items():
         reason = backend.why_not()
+        notes = [] if backend.has_backward else ["no backward"]
+        if not backend.exact:
+            notes.append("8-bit products, never taken by auto")
         state = f"no: {reason}" if reason else "yes"
-        _row(name, f"{state} (used by default)" if name == chosen else state)
+        _row(name, f"{state} ({', '.join(notes)})" if notes else state)
+    # A sequence as long as the transformer's at 49 frames of 560 x 560; one head is enough to ask.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = torch.empty((1, 31_850, 1, 128), dtype=torch.bfloat16, device=device)
+    for line in explain(tokens):
+        _row("", line)
 
 
 def _checkpoint(path: Path, problems: list[str]) -> None:

@@ -1,0 +1,67 @@
+"""8-bit attention's definition: what rounding costs, and that its transformations cost nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gen3r_kernels.attention import attention_reference
+from gen3r_kernels.attention_8bit import attention_8bit_reference
+from gen3r_kernels.attention_hopper import HopperConfig, launch_hopper
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1024, 2, 128, generator=rng) for _ in range(3))
+    return q, k, v
+
+
+@pytest.mark.parametrize(("fmt", "limit"), [("int8", 0.015), ("fp8", 0.045)])
+def test_error_of_normal_data(fmt: str, limit: float) -> None:
+    """int8: 0.6 % and 0.9 %; e4m3: 2.45 % twice (see the module)."""
+    q, k, v = inputs()
+    found = error(attention_8bit_reference(q, k, v, fmt), attention_reference(q, k, v))
+    assert limit / 3 < found < limit
+
+
+def test_a_common_part_of_the_keys_costs_nothing() -> None:
+    q, k, v = inputs()
+    shifted = k + 20 * torch.randn(128)
+    found = error(attention_8bit_reference(q, shifted, v), attention_reference(q, shifted, v))
+    assert found < 0.02
+
+
+def test_an_outlier_channel_costs_little() -> None:
+    """One channel of k times 50 would take the bits of the 127 others (error 0.25 without)."""
+    q, k, v = inputs()
+    k[..., 5] *= 50
+    found = error(attention_8bit_reference(q, k, v), attention_reference(q, k, v))
+    assert found < 0.06
+
+
+def test_launch_refuses_what_the_kernel_does_not_take() -> None:
+    q = torch.randn(1, 130, 2, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="other head sizes run on attention_triton"):
+        launch_hopper(q, q, q)
+    wide = torch.randn(1, 130, 2, 128)
+    with pytest.raises(ValueError, match="use attention_triton for float32"):
+        launch_hopper(wide, wide, wide)
+    q8 = torch.zeros(1, 130, 2, 128, dtype=torch.int8)
+    with pytest.raises(ValueError, match="need q_scale and k_scale"):
+        launch_hopper(q8, q8, wide.bfloat16())
+    scale = torch.ones(1, 2, 130)
+    with pytest.raises(ValueError, match="one scale per 128 keys"):
+        launch_hopper(q8, q8, wide.bfloat16(), scale, scale)
+
+
+def test_buffers_fit_in_shared_memory() -> None:
+    for dtype in (torch.bfloat16, torch.int8):
+        config = HopperConfig.for_dtype(dtype)
+        row = 128 * dtype.itemsize
+        size = 128 * row + config.stages * config.block * (row + 256)
+        assert size < 227 * 1024
