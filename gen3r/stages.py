@@ -155,7 +155,15 @@ def denoise(
         times = torch.full((len(rows),), timestep, device=latents.device)
         velocity = transformer(rows, times, conditions, side_by_side=True)
         uncond, cond = velocity.chunk(2) if guided else (None, velocity)
-        latents, history = guidance_step(latents, uncond, cond, guidance_scale, step, history)
+        latents, history = guidance_step(
+            latents,
+            uncond,
+            cond,
+            guidance_scale,
+            step,
+            history,
+            backends=transformer.backends,
+        )
         if on_step is not None:
             changed = on_step(index, timestep, latents)
             latents = latents if changed is None else changed
@@ -248,7 +256,7 @@ def _decode_geometry(
     depth, confidence = vggt.depth_head(layers, height, width)
     depth = depth.squeeze(-1).float()
     near, far = camera_maths.depth_bounds(depth)
-    points, mask = unproject(depth, extrinsics, intrinsics, near, far)
+    points, mask = unproject(depth, extrinsics, intrinsics, near, far, backends=adapter.backends)
     # A field of view of 0 means an infinite focal length, whose points mean nothing.
     finite = intrinsics.isfinite().all(-1).all(-1)
     mask = mask & finite[..., None, None] & points.isfinite().all(-1)
