@@ -30,12 +30,14 @@ class Conditions:
     """All that does not change between denoising steps.
 
     text : [B, text_len, C] projected text, padding included
+    text_lengths : [B] int32, tokens of each prompt; behind them every row of `text` is the same
     image : [B, 257, C] projected image tokens
     cameras : [B, C, f, h, w] camera features on the token grid, or None
     control : [B, in_dim - out_dim, f, 2h, 2w] control latents and mask
     """
 
     text: Tensor
+    text_lengths: Tensor
     image: Tensor
     cameras: Tensor | None
     control: Tensor
@@ -103,8 +105,10 @@ class WanTransformer(nn.Module):
         """Project everything that stays the same over the denoising steps."""
         dtype = self.dtype
         padded = pad_text([t.to(dtype) for t in text], self.config.text_len)
+        lengths = [min(len(t), self.config.text_len) for t in text]
         return Conditions(
             text=self.text_embedding(padded),
+            text_lengths=torch.tensor(lengths, dtype=torch.int32, device=padded.device),
             image=self.img_emb(image.to(dtype)),
             cameras=None if cameras is None else self.control_adapter(cameras.to(dtype)),
             control=control.to(dtype),
@@ -153,9 +157,17 @@ class WanTransformer(nn.Module):
         stream = x.flatten(2).transpose(1, 2).float()
         norms: list[Norm] = [{"shift": t[0], "scale": t[1]} for t in tables]
         norms.append(head)
-        normed = layer_norm_modulate(stream, **norms[0], eps=self.config.eps, out_dtype=self.dtype)
+        normed = layer_norm_modulate(
+            stream,
+            **norms[0],
+            eps=self.config.eps,
+            out_dtype=self.dtype,
+            backends=self.backends,
+        )
         for block, table, following in zip(self.typed_blocks, tables, norms[1:], strict=True):
-            keys_values = block.cross_attn.keys_values(conditions.text, conditions.image)
+            keys_values = block.cross_attn.keys_values(
+                conditions.text, conditions.image, conditions.text_lengths
+            )
             stream, normed = block(stream, normed, table, following, keys_values, rope)
         return self.unpatchify(self.head.head(normed), grid)
 

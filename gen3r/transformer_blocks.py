@@ -5,6 +5,8 @@ Source: Wan2.1 (arXiv 2503.20314). Module names are the checkpoint's parameter n
 
 from __future__ import annotations
 
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +16,12 @@ from gen3r_kernels import (
     attention,
     cross_attention,
     gated_residual,
+    linear,
     rms_norm,
     rms_norm_rope,
 )
 
-Norm = dict[str, Tensor | None]  # keyword arguments of layer_norm_modulate: scale and shift
+Norm = dict[str, Tensor | None]  # tables of layer_norm_modulate, by their argument names
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +42,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
+    def project(
+        self,
+        layer: nn.Linear,
+        x: Tensor,  # [..., C]
+    ) -> Tensor:  # [..., C]
+        return linear(x, layer.weight, layer.bias, backends=self.backends)
+
 
 class SelfAttention(Attention):
     """Attention among the tokens, with rotary positions."""
@@ -50,16 +60,27 @@ class SelfAttention(Attention):
     ) -> Tensor:  # [B, S, C]
         heads = self.config.num_heads
         q, k = rms_norm_rope(
-            self.q(x),
-            self.k(x),
+            self.project(self.q, x),
+            self.project(self.k, x),
             self.norm_q.weight,
             self.norm_k.weight,
             *rope,
             num_heads=heads,
             eps=self.config.eps,
+            backends=self.backends,
         )
-        v = self.v(x).unflatten(-1, (heads, -1))
-        return self.o(attention(q, k, v, self.backends).flatten(2))
+        v = self.project(self.v, x).unflatten(-1, (heads, -1))
+        return self.project(self.o, attention(q, k, v, self.backends).flatten(2))
+
+
+class KeysValues(NamedTuple):
+    """What cross-attention reads; the same at every denoising step. k, v: [B, L, H, D]."""
+
+    k_text: Tensor
+    v_text: Tensor
+    k_image: Tensor
+    v_image: Tensor
+    text_lengths: Tensor  # [B] int32
 
 
 class CrossAttention(Attention):
@@ -75,28 +96,59 @@ class CrossAttention(Attention):
         self,
         text: Tensor,  # [B, Lt, C]
         image: Tensor,  # [B, Li, C]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # k_text, v_text, k_image, v_image: [B, L, H, D]
+        text_lengths: Tensor,  # [B] int32
+    ) -> KeysValues:
         """Constant over the denoising steps."""
-        eps = self.config.eps
-        parts = (
-            rms_norm(self.k(text), self.norm_k.weight, eps),
-            self.v(text),
-            rms_norm(self.k_img(image), self.norm_k_img.weight, eps),
-            self.v_img(image),
+        heads = (self.config.num_heads, -1)
+        return KeysValues(
+            self.norm(self.project(self.k, text), self.norm_k).unflatten(-1, heads),
+            self.project(self.v, text).unflatten(-1, heads),
+            self.norm(self.project(self.k_img, image), self.norm_k_img).unflatten(-1, heads),
+            self.project(self.v_img, image).unflatten(-1, heads),
+            text_lengths,
         )
-        k_text, v_text, k_image, v_image = (
-            part.unflatten(-1, (self.config.num_heads, -1)) for part in parts
-        )
-        return k_text, v_text, k_image, v_image
+
+    def norm(
+        self,
+        x: Tensor,  # [B, L, C]
+        norm: RMSNorm,
+    ) -> Tensor:  # [B, L, C]
+        return rms_norm(x, norm.weight, self.config.eps, backends=self.backends)
 
     def forward(
         self,
         x: Tensor,  # [B, S, C]
-        keys_values: tuple[Tensor, Tensor, Tensor, Tensor],
+        keys_values: KeysValues,
     ) -> Tensor:  # [B, S, C]
-        q = rms_norm(self.q(x), self.norm_q.weight, self.config.eps)
+        q = self.norm(self.project(self.q, x), self.norm_q)
         q = q.unflatten(-1, (self.config.num_heads, -1))
-        return self.o(cross_attention(q, *keys_values, self.backends).flatten(2))
+        out = cross_attention(
+            q,
+            keys_values.k_text,
+            keys_values.v_text,
+            keys_values.k_image,
+            keys_values.v_image,
+            self.backends,
+            text_lengths=keys_values.text_lengths,
+        )
+        return self.project(self.o, out.flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with a tanh-GELU between, which the first layer's operator applies."""
+
+    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
+        super().__init__(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+        self.backends = backends
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = cast(nn.Linear, self[0]), cast(nn.Linear, self[2])
+        hidden = linear(x, first.weight, first.bias, activation="gelu_tanh", backends=self.backends)
+        return linear(hidden, last.weight, last.bias, backends=self.backends)
 
 
 class Block(nn.Module):
@@ -108,15 +160,11 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, backends: Backends) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.backends = config, backends
         self.self_attn = SelfAttention(config, backends)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
         self.cross_attn = CrossAttention(config, backends)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
-        )
+        self.ffn = FeedForward(config, backends)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(
@@ -125,31 +173,36 @@ class Block(nn.Module):
         normed: Tensor,  # [B, S, C]
         modulation: tuple[Tensor, ...],  # 6 x [B, 1, C] float32: shift, scale, gate, twice
         following: Norm,  # scale and shift of the norm behind this block
-        keys_values: tuple[Tensor, Tensor, Tensor, Tensor],
+        keys_values: KeysValues,
         rope: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:  # stream and normed for what follows
-        eps, dtype = self.config.eps, normed.dtype
         _, _, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        affine: Norm = {"weight": self.norm3.weight, "bias": self.norm3.bias}
+        modulated: Norm = {"scale": ffn_scale, "shift": ffn_shift}
+        attended = self.self_attn(normed, rope)
+        stream, normed = self.update(stream, attended, attention_gate, affine)
+        attended = self.cross_attn(normed, keys_values)
+        stream, normed = self.update(stream, attended, None, modulated)
+        return self.update(stream, self.ffn(normed), ffn_gate, following)
+
+    def update(
+        self,
+        stream: Tensor,  # [B, S, C] float32
+        y: Tensor,  # [B, S, C]
+        gate: Tensor | None,  # [B, 1, C] float32
+        norm: Norm,
+    ) -> tuple[Tensor, Tensor]:  # stream and normed, the latter in y's dtype
+        """Add y * gate to the stream and apply the norm that follows."""
         stream, normed = gated_residual(
             stream,
-            self.self_attn(normed, rope),
-            attention_gate,
-            weight=self.norm3.weight,
-            bias=self.norm3.bias,
-            eps=eps,
-            out_dtype=dtype,
+            y,
+            gate,
+            **norm,
+            eps=self.config.eps,
+            out_dtype=y.dtype,
+            backends=self.backends,
         )
-        stream, normed = gated_residual(
-            stream,
-            self.cross_attn(normed, keys_values),
-            scale=ffn_scale,
-            shift=ffn_shift,
-            eps=eps,
-            out_dtype=dtype,
-        )
-        return gated_residual(
-            stream, self.ffn(normed), ffn_gate, **following, eps=eps, out_dtype=dtype
-        )
+        return stream, cast(Tensor, normed)  # y is never 8-bit, so that normed is not either
 
 
 class Head(nn.Module):

@@ -3,12 +3,17 @@
 Every operator has a float32 reference in plain PyTorch (``<op>_reference``) that tests and
 benchmarks import, and a public function of the same name that the model calls. The public function
 picks the implementation from the tensors' device and dtype and from the ``Backends`` value that the
-model was built with; today the reference serves every device and dtype.
+model was built with: kernels for CUDA tensors in reduced precision, the reference elsewhere.
 """
 
 from gen3r_kernels.attention import attention, attention_reference
+from gen3r_kernels.attention_8bit import (
+    attention_8bit_reference,
+    attention_quantized,
+    quantize_attention,
+)
 from gen3r_kernels.backends import ATTENTION_BACKENDS, AttentionBackend, Backends
-from gen3r_kernels.conv3d import conv3d, conv3d_reference
+from gen3r_kernels.causal_conv3d import causal_conv3d, causal_conv3d_reference
 from gen3r_kernels.cross_attention import cross_attention, cross_attention_reference
 from gen3r_kernels.gated_residual import gated_residual, gated_residual_reference
 from gen3r_kernels.guidance_step import (
@@ -18,11 +23,26 @@ from gen3r_kernels.guidance_step import (
     guidance_step_reference,
 )
 from gen3r_kernels.layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_reference
+from gen3r_kernels.linear import linear, linear_reference
+from gen3r_kernels.linear_fp8 import linear_fp8_reference
+from gen3r_kernels.quantize import (
+    QuantizedWeight,
+    dequantize,
+    quantize,
+    quantize_reference,
+    quantize_weight,
+)
+from gen3r_kernels.quantized import Quantized
 from gen3r_kernels.rms_norm_rope import (
     rms_norm,
     rms_norm_reference,
     rms_norm_rope,
     rms_norm_rope_reference,
+)
+from gen3r_kernels.rms_norm_rope_int8 import (
+    rms_norm_rope_int8,
+    rms_norm_rope_int8_reference,
+    rope_key_mean,
 )
 from gen3r_kernels.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
 from gen3r_kernels.unproject import unproject, unproject_reference
@@ -33,24 +53,39 @@ __all__ = [
     "Backends",
     "EulerStep",
     "MultistepStep",
+    "Quantized",
+    "QuantizedWeight",
     "attention",
+    "attention_8bit_reference",
+    "attention_quantized",
     "attention_reference",
-    "conv3d",
-    "conv3d_reference",
+    "causal_conv3d",
+    "causal_conv3d_reference",
     "cross_attention",
     "cross_attention_reference",
+    "dequantize",
     "gated_residual",
     "gated_residual_reference",
     "guidance_step",
     "guidance_step_reference",
     "layer_norm_modulate",
     "layer_norm_modulate_reference",
+    "linear",
+    "linear_fp8_reference",
+    "linear_reference",
+    "quantize",
+    "quantize_attention",
+    "quantize_reference",
+    "quantize_weight",
     "rms_norm",
     "rms_norm_reference",
     "rms_norm_rope",
+    "rms_norm_rope_int8",
+    "rms_norm_rope_int8_reference",
     "rms_norm_rope_reference",
     "rms_norm_silu",
     "rms_norm_silu_reference",
+    "rope_key_mean",
     "unproject",
     "unproject_reference",
 ]

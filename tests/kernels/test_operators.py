@@ -171,17 +171,3 @@ def test_references_have_gradients(op: str) -> None:
         out = ops.rms_norm_rope_reference(x, torch.ones(16), table, table, 2)
     out.sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 1, 1)])
-def test_conv3d(batch: int, kernel: tuple[int, int, int]) -> None:
-    x, bias = normal(batch, 7, 5, 13, 11), normal(5)
-    weight = normal(5, 7, *kernel).requires_grad_()
-    stride, padding = (2, 1, 1), (0, kernel[1] // 2, kernel[2] // 2)
-    out = ops.conv3d(x, weight, bias, stride, padding)
-    expected = ops.conv3d_reference(x, weight, bias, stride, padding)
-    torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
-    gradients = [torch.autograd.grad(y.square().sum(), weight)[0] for y in (out, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-2)
-    assert ops.conv3d(x.bfloat16(), weight.bfloat16(), None, stride).dtype == torch.bfloat16
