@@ -1,7 +1,8 @@
 # make demo    install what is missing, then turn the example photo into a scene (on a CPU too)
 # make test    install what is missing, then run the whole test suite
 # make lint    ruff (lint and format) and mypy
-# make bench   install what is missing, then run the pipeline benchmark
+# make bench   install what is missing, then measure the operators; make bench SUITE=pipeline: the
+#              stages. Rows go to benchmarks/results/, see docs/benchmarks.md
 # make clean   remove the virtual environment, caches and build products (results stay)
 
 PYTHON ?= python3
@@ -15,6 +16,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 OUTPUTS ?= outputs
 PYTEST_ARGS ?=
+SUITE ?= kernels
 BENCH_ARGS ?=
 # Small tensors: more threads than physical cores only slow them down, and threads that spin while
 # they wait make a run several times slower when other processes share the cores (measured on 2
@@ -48,7 +50,7 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 bench: $(STAMP)
-	$(PY) -m benchmarks.pipeline $(BENCH_ARGS)
+	$(OPENMP) $(VENV)/bin/gen3r-engine bench --suite $(SUITE) $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

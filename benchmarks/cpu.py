@@ -7,24 +7,28 @@ python -m benchmarks.cpu --frames 9 --size 112
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import Row, percentiles, write_rows
+from benchmarks.harness import Measurement, library_versions, percentiles, write_rows
+from benchmarks.timing import shape_name
 from gen3r.cameras import depth_bounds, trajectory
 from gen3r.scene import Scene, SceneRequest
 from gen3r_engine.outputs import write_scene
-from gen3r_kernels import conv3d, rms_norm_silu, unproject
+from gen3r_kernels import causal_conv3d, rms_norm_silu, unproject
 
 REPEATS = 7
-SHAPES = ((12, 6, 112), (48, 6, 28), (6, 6, 560))  # channels, frames, side
+SHAPES = ((12, 6, 112), (48, 6, 28), (6, 6, 560))  # channels, frames with two past ones, side
 
 
 def timed(run: Callable[[], object]) -> list[float]:
@@ -38,24 +42,42 @@ def timed(run: Callable[[], object]) -> list[float]:
     return times
 
 
-def operators() -> list[Row]:
-    """conv3d and the channel norm, float32, one clip; ours beside PyTorch's own."""
+def row(
+    case: str, provider: str, shape: str, dtype: str, ms: list[float], **config: Any
+) -> Measurement:
+    """A time, with the versions of the libraries that it depends on."""
+    config["versions"] = library_versions()
+    return Measurement(case, provider, shape, dtype, "time", "ms", ms, config=config)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The first two frames are the past of the others; no padding."""
+    return causal_conv3d(x[:, :, 2:], weight, bias, x[:, :, :2], padding=(0, 0, 0))
+
+
+def torch_conv(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> Tensor:
+    return F.conv3d(torch.cat([past, x], dim=2), weight, bias, padding=(0, 1, 1))
+
+
+def torch_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    return F.silu(F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma)
+
+
+def operators() -> list[Measurement]:
+    """Convolution behind two past frames and the channel norm, float32, one clip."""
     rows = []
     for channels, frames, side in SHAPES:
         x = torch.randn(1, channels, frames, side, side)
         weight, bias = torch.randn(channels, channels, 3, 3, 3), torch.randn(channels)
         gamma = torch.randn(channels, 1, 1, 1)
-
-        def norm(x: Tensor = x, gamma: Tensor = gamma) -> Tensor:
-            return F.silu(F.normalize(x, dim=1) * x.shape[1] ** 0.5 * gamma)
-
+        conv = (x[:, :, 2:].contiguous(), weight, bias, x[:, :, :2].contiguous())
         for op, provider, run in (
-            ("conv3d", "torch", lambda a=(x, weight, bias): F.conv3d(*a)),
-            ("conv3d", "gen3r_kernels", lambda a=(x, weight, bias): conv3d(*a)),
-            ("rms_norm_silu", "torch", norm),
-            ("rms_norm_silu", "gen3r_kernels", lambda a=(x, gamma): rms_norm_silu(*a)),
+            ("causal_conv3d", "torch", partial(torch_conv, *conv)),
+            ("causal_conv3d", "gen3r", partial(causal_conv3d, *conv)),
+            ("rms_norm_silu", "torch", partial(torch_norm, x, gamma)),
+            ("rms_norm_silu", "gen3r", partial(rms_norm_silu, x, gamma)),
         ):
-            rows.append(Row(op, provider, str(tuple(x.shape)), "float32", timed(run)))
+            rows.append(row(op, provider, shape_name(*x.shape), "float32", timed(run)))
     return rows
 
 
@@ -74,21 +96,21 @@ def synthetic_scene(frames: int, size: int) -> Scene:
     return Scene(rgb, depth, ones, poses, k.float(), points, mask, info={"seconds": {}})
 
 
-def writing(frames: int, size: int) -> list[Row]:
+def writing(frames: int, size: int) -> list[Measurement]:
     """Every default result file of one scene."""
     scene = synthetic_scene(frames, size)
     view = np.zeros((size, size, 3), dtype=np.uint8)
     request = SceneRequest([view], num_frames=frames, height=size, width=size)
     with tempfile.TemporaryDirectory() as folder:
         seconds = write_scene(scene, request, folder).seconds
-    shape, extra = f"{frames}x{size}x{size}", {"masked_points": int(scene.mask.sum())}
+    shape, masked = shape_name(frames, size, size), {"masked_points": int(scene.mask.sum())}
     return [
-        Row(name.replace(" ", "."), "reference", shape, "float64", [1000 * value], extra)
+        row(name.replace(" ", "_"), "reference", shape, "float64", [1000 * value], **masked)
         for name, value in seconds.items()
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write benchmarks/results/<cpu>/cpu.jsonl."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -96,14 +118,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--size", type=int, default=560)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit")
+    parser.add_argument("--commit", "--revision")
     options = parser.parse_args(argv)
     rows = operators() + writing(options.frames, options.size)
-    for row in rows:
-        median = percentiles(row.milliseconds)["p50_ms"]
-        print(f"{row.op:<16} {row.provider:<14} {row.shape:<24} {median:>12,.2f} ms")
+    for found in rows:
+        median = percentiles(found.samples)[1]
+        print(f"{found.case:<16} {found.provider:<14} {found.shape:<24} {median:>12,.2f} ms")
     print(write_rows(rows, "cpu", options.out, options.commit))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

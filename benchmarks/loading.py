@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Row, write_rows
+from benchmarks.harness import Measurement, library_versions, write_rows
 from benchmarks.sparse_checkpoint import write_sparse_checkpoint
 from gen3r.checkpoint import inspect_checkpoint
 from gen3r.config import GEN3R
@@ -30,8 +31,8 @@ def peak_host_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure(folder: Path, device: str, kind: str) -> Row:
-    """Check and load once."""
+def measure(folder: Path, device: str, kind: str) -> list[Measurement]:
+    """Check and load once: seconds of both, and the host's peak memory."""
     largest = max(p.stat().st_size for p in folder.rglob("*.safetensors")) / 2**30
     torch.zeros(1, device=device)  # the CUDA context is not the loader's memory
     before = peak_host_gib()
@@ -43,20 +44,26 @@ def measure(folder: Path, device: str, kind: str) -> Row:
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    extra = {
+    config = {
         "checkpoint": kind,
         "ok": all(r.ok for r in reports),
-        "check_ms": round(checked * 1000, 1),
         "largest_file_gib": round(largest, 3),
         "host_before_gib": round(before, 3),
-        "host_peak_gib": round(peak_host_gib(), 3),
+        "versions": library_versions(),
     }
-    return Row(
-        "checkpoint.load", "reference", "whole pipeline", "bfloat16", [seconds * 1000], extra
-    )
+
+    def row(case: str, metric: str, unit: str, value: float) -> Measurement:
+        what = ("reference", "whole pipeline", "bfloat16")
+        return Measurement(case, *what, metric, unit, [value], config=config)
+
+    return [
+        row("checkpoint_check", "time", "ms", 1000 * checked),
+        row("checkpoint_load", "time", "ms", 1000 * seconds),
+        row("checkpoint_load", "memory", "GiB", peak_host_gib()),
+    ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write benchmarks/results/<gpu>/loading.jsonl."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -65,16 +72,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", choices=("gen3r", "nano"), default="gen3r")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit")
+    parser.add_argument("--commit", "--revision")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.checkpoint or Path(scratch) / "checkpoint"
         if options.checkpoint is None:
             write_sparse_checkpoint(folder, GEN3R if options.preset == "gen3r" else NANO)
-        row = measure(folder, options.device, "given" if options.checkpoint else "sparse")
-    print(row)
-    print(write_rows([row], "loading", options.out, options.commit))
+        rows = measure(folder, options.device, "given" if options.checkpoint else "sparse")
+    for row in rows:
+        print(f"{row.case:<18} {row.metric:<8} {row.samples[0]:>12,.1f} {row.unit}")
+    print(write_rows(rows, "loading", options.out, options.commit))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
