@@ -50,9 +50,8 @@ class AppearanceVAE(VideoAutoencoder):
             spatial=True,
         )
         model = CausalVAE(encoder, decoder, config.z_dim)
-        super().__init__(model, config.latents_mean, config.latents_std, temporal)
+        super().__init__(model, config.latents_mean, config.latents_std, temporal, backends)
         self.config = config
-        self.backends = backends
 
     def _finish(self, frames: Tensor) -> Tensor:
         return frames.clamp(-1.0, 1.0)

@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gen3r_kernels import Backends, attention, conv3d, rms_norm_silu
+from gen3r_kernels import Backends, attention, causal_conv3d, rms_norm_silu
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,20 @@ class ChunkCache:
             raise ValueError("the chunk cache is empty; process the first frame before flattening")
         return filled
 
-    def extend(
+    def exchange(
         self,
         slot: int,
         x: Tensor,  # [B, C, T, H, W]
         frames: int,
-    ) -> Tensor:  # [B, C, frames + T, H, W]
-        """x behind the remembered frames (zeros at first); its last frames are remembered."""
+    ) -> Tensor | None:  # [B, C, frames, H, W]
+        """The frames remembered before x, None at first; x's last frames take their place."""
         past = self.tensors[slot]
-        if past is None:
-            past = _zero_frames(x, frames)
-        joined = torch.cat([past, x], dim=2)
-        self.remember(slot, joined, frames)
-        return joined
+        if x.shape[2] < frames:
+            before = _zero_frames(x, frames) if past is None else past
+            self.tensors[slot] = torch.cat([before[:, :, x.shape[2] :], x], dim=2)
+        else:
+            self.remember(slot, x, frames)
+        return past
 
     def remember(
         self,
@@ -120,9 +121,23 @@ class CachedConv3d(nn.Conv3d):
     """A convolution with memory. `slot` is its place in the chunk cache, see `number_slots`."""
 
     slot: int = -1
+    frames: int = 2  # how many it remembers
+    backends = Backends()
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return conv3d(input, weight, bias, self.stride, _zero_padding(self))
+    def forward(  # type: ignore[override]  # the cache is an argument here
+        self,
+        x: Tensor,  # [B, Cin, T, H, W]
+        cache: ChunkCache,
+    ) -> Tensor:  # [B, Cout, T', H, W]
+        return causal_conv3d(
+            x,
+            self.weight,
+            self.bias,
+            cache.exchange(self.slot, x, self.frames),
+            stride=self.stride,
+            padding=_zero_padding(self),
+            backends=self.backends,
+        )
 
 
 def _zero_padding(conv: nn.Conv3d) -> tuple[int, ...]:
@@ -140,27 +155,29 @@ def number_slots(module: nn.Module) -> int:
     return len(cached)
 
 
+def use_backends(module: nn.Module, backends: Backends) -> None:
+    """Let every convolution with memory and every norm inside `module` follow `backends`."""
+    for part in module.modules():
+        if isinstance(part, (CachedConv3d, ChannelRMSNorm)):
+            part.backends = backends
+
+
 class CausalConv3d(CachedConv3d):
     """A 3x3x3 convolution over a frame and the two before it; zero padding in space, size kept."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=(0, 1, 1))
 
-    def forward(  # type: ignore[override]  # the cache is an argument here
-        self,
-        x: Tensor,  # [B, Cin, T, H, W]
-        cache: ChunkCache,
-    ) -> Tensor:  # [B, Cout, T, H, W]
-        return super().forward(cache.extend(self.slot, x, 2))
-
 
 class TemporalHalving(CachedConv3d):
     """Two frames become one, after the first frame, which passes unchanged but is remembered."""
 
+    frames = 1
+
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, (3, 1, 1), stride=(2, 1, 1))
 
-    def forward(  # type: ignore[override]  # as in CausalConv3d
+    def forward(  # type: ignore[override]  # as in CachedConv3d
         self,
         x: Tensor,  # [B, C, T, H, W]
         cache: ChunkCache,
@@ -168,7 +185,7 @@ class TemporalHalving(CachedConv3d):
         if not cache.started:
             cache.remember(self.slot, x, 1)
             return x
-        return super().forward(cache.extend(self.slot, x, 1))
+        return super().forward(x, cache)
 
 
 class TemporalDoubling(CachedConv3d):
@@ -177,7 +194,7 @@ class TemporalDoubling(CachedConv3d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 2 * channels, (3, 1, 1))
 
-    def forward(  # type: ignore[override]  # as in CausalConv3d
+    def forward(  # type: ignore[override]  # as in CachedConv3d
         self,
         x: Tensor,  # [B, C, T, H, W]
         cache: ChunkCache,
@@ -186,12 +203,17 @@ class TemporalDoubling(CachedConv3d):
             cache.forget(self.slot, x, 2)
             return x
         # Channels [0, C) are the earlier frame of each pair, [C, 2C) the later one.
-        pairs = super().forward(cache.extend(self.slot, x, 2)).unflatten(1, (2, -1))
-        return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        pairs = super().forward(x, cache).unflatten(1, (2, -1))
+        if x.is_contiguous():
+            return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        # Channels-last memory stays so: [B, T, 2, H, W, C].
+        return pairs.permute(0, 3, 1, 4, 5, 2).flatten(1, 2).permute(0, 4, 1, 2, 3)
 
 
 class ChannelRMSNorm(nn.Module):
     """RMSNorm over channels at every position, with SiLU unless told otherwise."""
+
+    backends = Backends()
 
     def __init__(self, channels: int, *, video: bool = True) -> None:
         super().__init__()
@@ -202,7 +224,7 @@ class ChannelRMSNorm(nn.Module):
         x: Tensor,  # [B, C, T, H, W], or [B, C, H, W] if not video
         silu: bool = True,
     ) -> Tensor:  # shape and dtype of x
-        return rms_norm_silu(x, self.gamma, silu)
+        return rms_norm_silu(x, self.gamma, silu, backends=self.backends)
 
 
 def norm_silu_conv(

@@ -145,9 +145,10 @@ class GeometryAdapter(VideoAutoencoder):
         model = CausalVAE(
             TokenEncoder(config, widths), TokenDecoder(config, widths), config.latent_channels
         )
-        super().__init__(model, config.latents_mean, config.latents_std, config.temporal_downsample)
+        super().__init__(
+            model, config.latents_mean, config.latents_std, config.temporal_downsample, backends
+        )
         self.config = config
-        self.backends = backends
 
     def decode_chunk(
         self,

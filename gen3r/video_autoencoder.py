@@ -6,13 +6,15 @@ frames beyond 4k+1, and the first latent frame decodes to one frame (behaviour n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from gen3r.causal_vae import CausalVAE
-from gen3r.causal_video import ChunkCache, Posterior
+from gen3r.causal_video import ChunkCache, Posterior, use_backends
+from gen3r_kernels import Backends
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -30,12 +32,23 @@ class VideoAutoencoder(nn.Module):
         latents_mean: tuple[float, ...],
         latents_std: tuple[float, ...],
         temporal: tuple[bool, ...],
+        backends: Backends,
     ) -> None:
         super().__init__()
         self.model = model
+        self.backends = backends
+        use_backends(model, backends)
+        arrange_weights(self)
+        self.register_load_state_dict_post_hook(_arrange_after_loading)
         self.latents_mean = latents_mean
         self.latents_std = latents_std
         self.temporal_factor = 2 ** sum(temporal)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()`, `.cuda()`, `.bfloat16()` and the like go through."""
+        module = super()._apply(fn, recurse)
+        arrange_weights(self)
+        return module
 
     @property
     def latent_channels(self) -> int:
@@ -77,7 +90,8 @@ class VideoAutoencoder(nn.Module):
             raise ValueError(
                 f"the first chunk to decode has {latents.shape[2]} latent frames; it must have 1"
             )
-        return self._finish(self.model.decode_chunk(self.unscale(latents), cache))
+        latents = arranged(self.unscale(latents), self.backends)
+        return self._finish(self.model.decode_chunk(latents, cache))
 
     def moments(
         self,
@@ -169,11 +183,40 @@ class VideoAutoencoder(nn.Module):
                 f"a chunk to encode has {frames} frames; after the first it must have a "
                 f"multiple of {self.temporal_factor}"
             )
-        return self.model.encode_chunk(x, cache)
+        return self.model.encode_chunk(arranged(x, self.backends), cache)
 
     def _finish(self, frames: Tensor) -> Tensor:
         """What follows the decoder on every frame; nothing by default."""
         return frames
+
+
+def memory_format(x: Tensor, backends: Backends) -> torch.memory_format | None:
+    """The memory format in which an autoencoder holds x (4 or 5 axes); None: as it is.
+
+    Where the kernels run (``operators``: see `Backends`) activations and weights are channels-last,
+    as the kernels read them.
+    """
+    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    if backends.operators == "reference" or (backends.operators == "auto" and not half):
+        return None
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+
+
+def arranged(x: Tensor, backends: Backends) -> Tensor:
+    """x in its `memory_format`; every layer keeps it."""
+    wanted = memory_format(x, backends)
+    return x if wanted is None else x.contiguous(memory_format=wanted)
+
+
+def arrange_weights(model: VideoAutoencoder) -> None:
+    """Put the weights into the memory format in which they are used, once."""
+    for parameter in model.parameters():
+        if memory_format(parameter, model.backends) is not None:
+            parameter.data = arranged(parameter.data, model.backends)
+
+
+def _arrange_after_loading(module: nn.Module, incompatible: object) -> None:
+    arrange_weights(cast(VideoAutoencoder, module))
 
 
 def _check_clip(what: str, x: Tensor) -> None:
@@ -182,6 +225,11 @@ def _check_clip(what: str, x: Tensor) -> None:
             f"{what} of shape {tuple(x.shape)}; expected [batch, channels, frames, height, width] "
             "with at least one frame"
         )
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if last else torch.contiguous_format
 
 
 def _join(pieces: Iterable[Tensor], frames: int) -> Tensor:
@@ -196,7 +244,12 @@ def _join(pieces: Iterable[Tensor], frames: int) -> Tensor:
     start = 0
     for piece in pieces:
         if result is None:
-            result = piece.new_empty(*piece.shape[:2], frames, *piece.shape[3:])
+            result = torch.empty(
+                (*piece.shape[:2], frames, *piece.shape[3:]),
+                dtype=piece.dtype,
+                device=piece.device,
+                memory_format=_format_of(piece),
+            )
         result[:, :, start : start + piece.shape[2]] = piece
         start += piece.shape[2]
     if result is None:

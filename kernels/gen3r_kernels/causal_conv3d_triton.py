@@ -1,0 +1,312 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton kernels take pointers and numbers that no Python type describes.)
+"""The implicit matrix product behind `gen3r_kernels.causal_conv3d`, on channels-last memory.
+
+It multiplies [frames, H, W, Cin] by [Cout, kt * kh * kw * Cin]: a program owns a rectangle of
+pixels of one frame and some output channels, and walks over taps and chunks of input channels. The
+tensor memory accelerator fetches each tap's rectangle as a box and fills what lies outside the
+image with zeros, so there is neither a padded copy nor a mask. Frames before x come from the past's
+own descriptor, so there is no concatenation; without a past their taps are skipped.
+
+What bounds it on an H100: at 96 channels every program of 128 pixels fetches 1.16 MB of pixels and
+weights for 64 MFLOP, so that 425 TFLOP/s draw 7.8 TB/s from the second-level cache. Tried and
+slower there: 256 pixels with 8 warps (362), 128 output channels instead of 64 + 32 (281), one
+program for two frames (222), three chunks a step (415), a cap of 128 registers (128).
+
+RMSNorm and SiLU of the input are an operator of their own (`rms_norm_silu`). In here they would be
+computed for each of 27 taps: 4,096 exponentials for each chunk of 32 channels keep the special
+function units of a multiprocessor busy for 256 cycles, its products the tensor cores for 192.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gen3r_kernels.dispatch import CompileCase
+
+
+@triton.jit
+def _forward_kernel(
+    x,  # descriptor of [B * frames, H, W, CIN]
+    past,  # descriptor of [B * PAST, H, W, CIN] if HAS_PAST
+    weight,  # descriptor of [COUT, KT * KH * KW * CIN], boxes of BN rows
+    weight_2,  # the same, boxes of BN2 rows
+    bias,  # [COUT] if HAS_BIAS
+    y,  # descriptor of [B * frames_out, H, W, COUT], boxes of BN channels
+    y_2,  # the same, boxes of BN2 channels
+    frames,
+    frames_out,
+    rows,  # rectangles in the height of a frame
+    columns,  # rectangles in its width
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    KT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STRIDE: tl.constexpr,  # in time
+    PAST: tl.constexpr,  # frames before x
+    HAS_PAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BN: tl.constexpr,
+    BN2: tl.constexpr,
+    BK: tl.constexpr,
+):
+    BM: tl.constexpr = BH * BW
+    PARTS: tl.constexpr = (COUT + BN + BN2 - 1) // (BN + BN2)
+    program = tl.program_id(0)
+    n = (program % PARTS) * (BN + BN2)
+    program //= PARTS
+    w = (program % columns) * BW
+    program //= columns
+    h = (program % rows) * BH
+    program //= rows
+    t = program % frames_out
+    b = program // frames_out
+
+    CHUNKS: tl.constexpr = (CIN + BK - 1) // BK
+    FRAME: tl.constexpr = KH * KW * CHUNKS  # steps that read one frame
+    sums = tl.zeros([BM, BN], tl.float32)
+    if BN2 > 0:
+        sums_2 = tl.zeros([BM, BN2], tl.float32)
+    before = tl.maximum(PAST - t * STRIDE, 0)  # taps that fall before x
+    if HAS_PAST:
+        for i in range(0, before * FRAME):
+            tap = i // CHUNKS
+            kt = tap // (KH * KW)
+            kh = (tap // KW) % KH
+            kw = tap % KW
+            f = b * PAST + t * STRIDE + kt
+            c = (i - tap * CHUNKS) * BK
+            a = past.load([f, h + kh - KH // 2, w + kw - KW // 2, c]).reshape(BM, BK)
+            k = tap * CIN + c
+            sums = tl.dot(a, weight.load([n, k]).T, sums, input_precision=PRECISION)
+            if BN2 > 0:
+                second = weight_2.load([n + BN, k]).T
+                sums_2 = tl.dot(a, second, sums_2, input_precision=PRECISION)
+    for i in range(before * FRAME, KT * FRAME):
+        tap = i // CHUNKS
+        kt = tap // (KH * KW)
+        kh = (tap // KW) % KH
+        kw = tap % KW
+        f = b * frames + t * STRIDE + kt - PAST
+        c = (i - tap * CHUNKS) * BK
+        a = x.load([f, h + kh - KH // 2, w + kw - KW // 2, c]).reshape(BM, BK)
+        k = tap * CIN + c
+        sums = tl.dot(a, weight.load([n, k]).T, sums, input_precision=PRECISION)
+        if BN2 > 0:
+            second = weight_2.load([n + BN, k]).T
+            sums_2 = tl.dot(a, second, sums_2, input_precision=PRECISION)
+
+    f = b * frames_out + t
+    o = n + tl.arange(0, BN)
+    if HAS_BIAS:
+        sums += tl.load(bias + o, mask=o < COUT, other=0.0).to(tl.float32)[None, :]
+    y.store([f, h, w, n], sums.to(y.dtype).reshape(1, BH, BW, BN))  # cut at the borders
+    if BN2 > 0:
+        o = n + BN + tl.arange(0, BN2)
+        if HAS_BIAS:
+            sums_2 += tl.load(bias + o, mask=o < COUT, other=0.0).to(tl.float32)[None, :]
+        y_2.store([f, h, w, n + BN], sums_2.to(y.dtype).reshape(1, BH, BW, BN2))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rectangle of pixels, output channels, chunk of input channels, warps and pipeline stages.
+
+    96 and 192 channels are no powers of two: a program sums 64 + 32 or 128 + 64 of them with the
+    same pixels.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    channels_2: int
+    chunk: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def for_shape(cls, channels_in: int, channels_out: int) -> Config:
+        """The fastest measured on an H100 for the widths of the two autoencoders."""
+        chunk = max(16, min(64, channels_in & -channels_in))
+        if channels_out % 128 == 96:
+            return cls(8, 16, 64, 32, chunk, 4, 3 if chunk == 64 else 4)
+        if channels_out % 192 == 0 and channels_out % 128:
+            return cls(16, 16, 128, 64, chunk, 8, 3)
+        if channels_out < 128:
+            return cls(8, 16, max(16, triton.next_power_of_2(channels_out)), 0, chunk, 4, 3)
+        return cls(8, 16, 128, 0, chunk, 4, 3)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] in channels-last memory as [B * T, H, W, C]."""
+    rows = x.permute(0, 2, 3, 4, 1)
+    if not rows.is_contiguous():
+        raise ValueError(
+            f"causal_conv3d: a tensor of shape {tuple(x.shape)} has strides {x.stride()}; "
+            "convert it with .contiguous(memory_format=torch.channels_last_3d)"
+        )
+    return rows.flatten(0, 1)
+
+
+def _past_frames(weight: Tensor, past: Tensor | None) -> int:
+    return weight.shape[2] - 1 if past is None else past.shape[2]
+
+
+def _empty_output(x: Tensor, weight: Tensor, past: Tensor | None, stride: int) -> Tensor:
+    frames = (_past_frames(weight, past) + x.shape[2] - weight.shape[2]) // stride + 1
+    size = (x.shape[0], weight.shape[0], frames, *x.shape[3:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> None:
+    if x.dim() != 5 or weight.dim() != 5 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"causal_conv3d: x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)} "
+            "do not fit; expected [B, Cin, T, H, W] and [Cout, Cin, kt, kh, kw]"
+        )
+    if x.shape[1] % 8 or weight.shape[0] % 8:
+        raise ValueError(
+            f"causal_conv3d: {x.shape[1]} to {weight.shape[0]} channels are no multiples of 8, "
+            "which the kernel needs; use operators='reference'"
+        )
+    sides = (x.shape[:2], x.shape[3:])
+    if past is not None and (past.shape[:2], past.shape[3:]) != sides:
+        raise ValueError(
+            f"causal_conv3d: past of shape {tuple(past.shape)} does not fit x {tuple(x.shape)}"
+        )
+    if past is not None and past.shape[2] >= weight.shape[2]:
+        raise ValueError(
+            f"causal_conv3d: {past.shape[2]} frames of the past for {weight.shape[2]} taps in "
+            f"time; give at most {weight.shape[2] - 1}"
+        )
+    dtypes = {t.dtype for t in (x, weight, bias, past) if t is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"causal_conv3d: tensors of one dtype are needed, got {dtypes}")
+
+
+@torch.library.custom_op("gen3r::causal_conv3d", mutates_args=())
+def causal_conv3d_kernel(
+    x: Tensor,  # [B, Cin, T, H, W] channels-last
+    weight: Tensor,  # [Cout, Cin, kt, kh, kw], odd kh and kw; rearranged unless channels-last
+    bias: Tensor | None,  # [Cout]
+    past: Tensor | None,  # [B, Cin, P, H, W] channels-last
+    stride: int,  # in time
+) -> Tensor:  # [B, Cout, T', H, W] channels-last
+    """The kernel's launch for tensors in the memory format that it reads."""
+    _check(x, weight, bias, past)
+    y = _empty_output(x, weight, past, stride)
+    channels_out, channels_in, *kernel = weight.shape
+    config = Config.for_shape(channels_in, channels_out)
+    second = config.channels_2 or config.channels
+
+    def boxes(t: Tensor, channels: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(_rows(t), [1, config.rows, config.columns, channels])
+
+    def matrix(channels: int) -> TensorDescriptor:
+        rows = weight.permute(0, 2, 3, 4, 1).reshape(channels_out, -1)
+        return TensorDescriptor.from_tensor(rows, [channels, config.chunk])
+
+    rows = triton.cdiv(x.shape[3], config.rows)
+    columns = triton.cdiv(x.shape[4], config.columns)
+    parts = triton.cdiv(channels_out, config.channels + config.channels_2)
+    _forward_kernel[(parts * rows * columns * y.shape[2] * x.shape[0],)](
+        boxes(x, config.chunk),
+        boxes(x if past is None else past, config.chunk),
+        matrix(config.channels),
+        matrix(second),
+        weight if bias is None else bias,
+        boxes(y, config.channels),
+        boxes(y, second),
+        x.shape[2],
+        y.shape[2],
+        rows,
+        columns,
+        channels_in,
+        channels_out,
+        *kernel,
+        stride,
+        _past_frames(weight, past),
+        past is not None,
+        bias is not None,
+        "ieee" if x.dtype == torch.float32 else "tf32",  # the latter means nothing to bf16
+        config.rows,
+        config.columns,
+        config.channels,
+        config.channels_2,
+        config.chunk,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y
+
+
+@causal_conv3d_kernel.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, stride: int) -> Tensor:
+    return _empty_output(x, weight, past, stride)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every width of the two autoencoders that the kernel takes, and other kernel sizes."""
+    cases = []
+    for channels_in, channels_out, kernel in (
+        (96, 96, (3, 3, 3)),
+        (192, 96, (1, 3, 3)),
+        (96, 192, (3, 3, 3)),
+        (192, 192, (3, 3, 3)),
+        (384, 192, (1, 3, 3)),
+        (192, 384, (3, 3, 3)),
+        (384, 384, (3, 3, 3)),
+        (384, 768, (3, 1, 1)),
+        (16, 384, (3, 3, 3)),
+        (128, 128, (3, 3, 3)),
+    ):
+        config = Config.for_shape(channels_in, channels_out)
+        second = config.channels_2 or config.channels
+        box, y, y_2 = (
+            f"tensordesc<bf16[1, {config.rows}, {config.columns}, {n}]>"
+            for n in (config.chunk, config.channels, second)
+        )
+        cases.append(
+            CompileCase(
+                f"{channels_in} to {channels_out}, {'x'.join(map(str, kernel))}",
+                _forward_kernel,
+                {
+                    "x": box,
+                    "past": box,
+                    "weight": f"tensordesc<bf16[{config.channels}, {config.chunk}]>",
+                    "weight_2": f"tensordesc<bf16[{second}, {config.chunk}]>",
+                    "bias": "*bf16",
+                    "y": y,
+                    "y_2": y_2,
+                    **{n: "i32" for n in ("frames", "frames_out", "rows", "columns")},
+                },
+                {
+                    "CIN": channels_in,
+                    "COUT": channels_out,
+                    **dict(zip(("KT", "KH", "KW"), kernel, strict=True)),
+                    "STRIDE": 1,
+                    "PAST": kernel[0] - 1,
+                    "HAS_PAST": kernel[0] > 1,
+                    "HAS_BIAS": True,
+                    "PRECISION": "tf32",
+                    "BH": config.rows,
+                    "BW": config.columns,
+                    "BN": config.channels,
+                    "BN2": config.channels_2,
+                    "BK": config.chunk,
+                },
+                {"num_warps": config.warps, "num_stages": config.stages},
+                ("bias",),
+            )
+        )
+    return cases
