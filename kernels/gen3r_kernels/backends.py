@@ -91,9 +91,13 @@ class AttentionBackend:
             return f"python package {' or '.join(self.modules)} is not installed ({self.install})"
         if self.cuda_only and not (self.interpretable and _interpreted()):
             capability = _capability()
-            if capability == (0, 0):
+            if capability[0] == 0:
                 return "needs a CUDA GPU"
-            if not self.min_capability <= capability <= self.max_capability:
+            # As numbers: torch.compile does not trace comparisons of tuples.
+            number = 10 * capability[0] + capability[1]
+            lowest = 10 * self.min_capability[0] + self.min_capability[1]
+            highest = 10 * self.max_capability[0] + self.max_capability[1]
+            if number < lowest or number > highest:
                 return (
                     f"needs compute capability {self.min_capability} to {self.max_capability}, "
                     f"this GPU has {capability}"
@@ -259,6 +263,8 @@ def choose(
     sdpa = ATTENTION_BACKENDS["sdpa"]
     if not q.is_cuda:
         return Choice(sdpa, "nothing is measured off CUDA GPUs", ())
+    if q.dtype not in _HALF:
+        return Choice(sdpa, "speeds are measured in half precision", ())
     gpu = _gpu_name(q.device.index or 0)
     length = min(q.shape[1], k.shape[1])
     row = measured_order(gpu, length, q.shape[-1])
