@@ -52,7 +52,7 @@ def test_against_the_reference(shape: tuple[int, int, int, int], outliers: bool)
     exact = rope_key_mean(
         given[1], *given[3:], num_heads=heads, backends=Backends(operators="reference")
     )
-    # The keys are rounded to bf16 before they are averaged: half a unit, 2^-8 of the largest key at worst.
+    # The keys are rounded to bf16 before they are averaged: half a unit, 2^-8 of the largest.
     keys = rms_norm_rope_reference(given[1], *given[3:], heads)
     assert (mean - exact).abs().max() <= 2**-8 * keys.abs().max()
     for k_mean in (None, mean):
