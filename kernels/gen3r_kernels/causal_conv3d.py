@@ -89,7 +89,7 @@ def _library(
     """The libraries' convolution: oneDNN, cuDNN.
 
     On a CPU PyTorch (seen in 2.13) sends a batch of one with kernels of up to 3 to its unblocked
-    im2col path and larger batches to oneDNN. Here a batch of one goes to oneDNN as well: 4 to 8
+    im2col path and larger batches to oneDNN. Here a batch of one goes to oneDNN as well: 5 to 6
     times faster on 2 cores (docs/measured.md); the sums are the same, in another order.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
