@@ -31,24 +31,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gen3r_kernels.attention_hopper_kernel import attention_kernel
+from gen3r_kernels.attention_triton import LOG2_E
 from gen3r_kernels.dispatch import CompileCase
 
 HEAD_DIM = 128
 ROWS = 128  # query rows of a program
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of the kernel: keys of a block, and buffers of k and v in shared memory (227 KB)."""
+    """Tile of the kernel: keys of a block, and buffers of k and v in shared memory (227 KB).
+
+    8-bit keys leave room for three buffers, which made whole calls no faster (docs/measured.md).
+    """
 
     block: int = 128
     stages: int = 2
-
-    @classmethod
-    def for_dtype(cls, qk_dtype: torch.dtype) -> HopperConfig:
-        """Two buffers. 8-bit keys leave room for more, but three are 13 % slower (measured)."""
-        return cls()
 
 
 _GLUON = {
@@ -59,19 +57,21 @@ _GLUON = {
 }
 
 
-def _layout(rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def tile_layout(rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, rows, 1, HEAD_DIM], _GLUON[dtype])
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [1, rows, 1, HEAD_DIM], _layout(rows, x.dtype))
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, HEAD_DIM], tile_layout(rows, x.dtype))
 
 
-def _fetchable(x: Tensor) -> Tensor:
-    """x itself where TMA can read it, else a contiguous copy."""
+def fetchable(x: Tensor) -> Tensor:
+    """x itself where TMA can read it (16-byte addresses and strides), else a contiguous copy."""
     bytes_apart = [stride * x.element_size() for stride in x.stride()[:3]]
     aligned = x.data_ptr() % 16 == 0 and all(b % 16 == 0 and b > 0 for b in bytes_apart)
-    return x if aligned and x.stride(3) == 1 else x.contiguous()
+    if aligned and x.stride(3) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -104,7 +104,7 @@ def launch_hopper(
     """
     _check(q, k, v)
     bit8 = q.element_size() == 1
-    config = HopperConfig.for_dtype(q.dtype)
+    config = HopperConfig()
     batch, length, heads, _ = q.shape
     keys = k.shape[1]
     if bit8 and (q_scale is None or k_scale is None):
@@ -119,12 +119,12 @@ def launch_hopper(
     programs = -(-length // ROWS) * heads * batch
     flags = torch.empty(2 * programs, dtype=torch.int32, device=q.device)
     descriptors = (
-        _descriptor(_fetchable(q), ROWS // 2),
-        _descriptor(_fetchable(k), config.block),
-        _descriptor(_fetchable(v), config.block),
+        _descriptor(fetchable(q), ROWS // 2),
+        _descriptor(fetchable(k), config.block),
+        _descriptor(fetchable(v), config.block),
     )
     scales = (lse, lse) if q_scale is None else (q_scale.contiguous(), k_scale.contiguous())  # type: ignore[union-attr]
-    numbers = (*out.stride()[:3], heads, length, keys, LOG2_E / math.sqrt(HEAD_DIM))
+    numbers = (*out.stride()[:3], heads, length, keys, LOG2_E.value / math.sqrt(HEAD_DIM))
 
     def run(online: bool, only_flagged: bool) -> None:
         attention_kernel[(programs,)](
@@ -186,11 +186,11 @@ def compile_cases() -> list[CompileCase]:
 
     def described(dtype: torch.dtype, rows: int) -> str:
         shape = f"1, {rows}, 1, {HEAD_DIM}"
-        return f"tensordesc<{names[dtype]}[{shape}],{_layout(rows, dtype)!r}>"
+        return f"tensordesc<{names[dtype]}[{shape}],{tile_layout(rows, dtype)!r}>"
 
     cases = []
     for qk_dtype, dtype, online, only_flagged in forms:
-        config = HopperConfig.for_dtype(qk_dtype)
+        config = HopperConfig()
         signature = {
             "desc_q": described(qk_dtype, ROWS // 2),
             "desc_k": described(qk_dtype, config.block),

@@ -22,7 +22,7 @@ LARGEST_SUM = gl.constexpr(2.0**100)
 
 
 @gluon.jit
-def _exp2(x):
+def fast_exp2(x):
     # ptxas wraps the exact form of exp2 into a test for denormals and two products
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
@@ -89,10 +89,10 @@ def _step(
         s = gl.where((cols < keys - i * BLOCK)[None, :], s.to(gl.float32), float("-inf"))
     if ONLINE:
         m_new = gl.maximum(m, gl.max(_logits(s, c, BIT8), 1))
-        alpha = _exp2(m - m_new)
+        alpha = fast_exp2(m - m_new)
         m = m_new
         total = total * alpha
-    p32 = _exp2(_logits(s, c, BIT8) - m[:, None])
+    p32 = fast_exp2(_logits(s, c, BIT8) - m[:, None])
     total = total + gl.sum(p32, 1)
     p_next = gl.convert_layout(p32.to(DTYPE), p_layout)
     # A wait is a branch: it keeps ptxas from moving the softmax behind the wait for the output.
@@ -148,7 +148,7 @@ def _attend(
     cols = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s_layout))
     x = gl.where((cols < keys)[None, :], _logits(s, c, BIT8), float("-inf"))
     m = gl.max(x, 1)
-    p32 = _exp2(x - m[:, None])
+    p32 = fast_exp2(x - m[:, None])
     total = gl.sum(p32, 1)
     p = gl.convert_layout(p32.to(DTYPE), p_layout)
     o = gl.zeros([64, D], gl.float32, o_layout)

@@ -29,6 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from gen3r_kernels.attention_hopper import fetchable, tile_layout
+from gen3r_kernels.attention_hopper_kernel import fast_exp2
 from gen3r_kernels.attention_triton import LOG2_E
 from gen3r_kernels.dispatch import CompileCase
 from gen3r_kernels.gluon_names import async_load, barrier
@@ -36,13 +38,6 @@ from gen3r_kernels.gluon_names import async_load, barrier
 ROWS = gl.constexpr(64)  # queries a warp group works on
 FEW = gl.constexpr(16)
 MOST = gl.constexpr(80)  # text keys that fit in shared memory
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
 
 
 @gluon.jit
@@ -115,7 +110,7 @@ def _row_sum(p, rows: gl.constexpr):
 def _probabilities(s, top):
     """exp2(s - top), top per row in the layout of rows of the accumulator."""
     layout: gl.constexpr = s.type.layout
-    return _exp2(s - gl.convert_layout(top, gl.SliceLayout(1, layout))[:, None])
+    return fast_exp2(s - gl.convert_layout(top, gl.SliceLayout(1, layout))[:, None])
 
 
 @gluon.jit
@@ -366,18 +361,6 @@ BOXES = {
 }
 
 
-def _layout(rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, 128], GLUON[dtype])
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x itself where the copy engine can read it (addresses in steps of 16 bytes), else a copy."""
-    steps = (x.data_ptr() // x.element_size(), *x.stride()[:3])
-    if x.stride(3) == 1 and all(step % 8 == 0 for step in steps):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def cross_attention_hopper(
     q: Tensor,  # [B, S, H, 128]
     k_text: Tensor,  # [B, Lt, H, 128]
@@ -389,10 +372,10 @@ def cross_attention_hopper(
 ) -> None:
     """Write o for the batch elements that read at most 80 text keys, and leave the others."""
     batch, queries, heads, _ = q.shape
-    q, kt, vt, ki, vi = (_aligned(x) for x in (q, k_text, v_text, k_image, v_image))
+    q, kt, vt, ki, vi = (fetchable(x) for x in (q, k_text, v_text, k_image, v_image))
     boxes = zip((q, ki, vi, ki, vi, kt, vt, kt, vt), BOXES.values(), strict=True)
     descriptors = [
-        TensorDescriptor.from_tensor(x, [1, rows, 1, 128], _layout(rows, x.dtype))
+        TensorDescriptor.from_tensor(x, [1, rows, 1, 128], tile_layout(rows, x.dtype))
         for x, rows in boxes
     ]
     blocks = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -417,7 +400,7 @@ def compile_cases() -> list[CompileCase]:
         counts = ("pairs", "num_heads", "queries", "text_keys", "image_keys")
         signature = {
             **{
-                n: f"tensordesc<{name}[1, {rows}, 1, 128],{_layout(rows, dtype)!r}>"
+                n: f"tensordesc<{name}[1, {rows}, 1, 128],{tile_layout(rows, dtype)!r}>"
                 for n, rows in BOXES.items()
             },
             "o_ptr": f"*{name}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,25 @@ def test_launch_refuses_what_the_kernel_does_not_take() -> None:
 
 def test_buffers_fit_in_shared_memory() -> None:
     for dtype in (torch.bfloat16, torch.int8):
-        config = HopperConfig.for_dtype(dtype)
+        config = HopperConfig()
         row = 128 * dtype.itemsize
         size = 128 * row + config.stages * config.block * (row + 256)
         assert size < 227 * 1024
+
+
+def test_what_the_kernel_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both launches of a call, and operands that TMA can read, without a GPU."""
+    launches: list[tuple[tuple[object, ...], dict[str, object]]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            assert grid == (2 * 3 * 2,)  # batch, heads, tiles of 128 queries
+            return lambda *arguments, **options: launches.append((arguments, options))
+
+    monkeypatch.setattr("gen3r_kernels.attention_hopper.attention_kernel", Kernel())
+    one_off = torch.randn(2 * 200 * 3 * 128 + 1).bfloat16()[1:].view(2, 200, 3, 128)
+    launch_hopper(one_off, one_off, one_off)
+    assert [(o["ONLINE"], o["ONLY_FLAGGED"]) for _, o in launches] == [(False, False), (True, True)]
+    for arguments, options in launches:
+        assert all(x.base.data_ptr() % 16 == 0 for x in arguments[:3])  # type: ignore[attr-defined]
+        assert arguments[-1] == pytest.approx(128**-0.5 / math.log(2)) and not options["BIT8"]
