@@ -19,11 +19,21 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderMo
 
 from gen3r import stages
 from gen3r.appearance_vae import AppearanceVAE
-from gen3r.conditioning import control_video, prepare_views
 from gen3r.config import Gen3RConfig
 from gen3r.encoders import tokenize_and_encode
 from gen3r.geometry_adapter import GeometryAdapter
-from gen3r.run import Progress, Run, device_name, draw_noise, full_float32, peak_memory, to_scene
+from gen3r.run import (
+    Progress,
+    Run,
+    draw_noise,
+    full_float32,
+    join_conditions,
+    prepare_request,
+    scene_facts,
+    text_rows,
+    to_bytes,
+    to_scene,
+)
 from gen3r.scene import Cameras, ImageLike, Scene, SceneRequest
 from gen3r.schedulers import make_schedule
 from gen3r.transformer import Conditions, WanTransformer
@@ -209,8 +219,7 @@ class Gen3RPipeline:
         self, run: Run, requests: Sequence[SceneRequest], guided: bool
     ) -> list[Tensor]:
         """Text features per row, the negative rows first; equal prompts are encoded once."""
-        rows = [r.negative_prompt for r in requests] if guided else []
-        rows += [r.prompt for r in requests]
+        rows = text_rows(requests, guided)
         unique = list(dict.fromkeys(rows))
         with run.stage("encode text", len(unique)):
             encoded = tokenize_and_encode(
@@ -222,29 +231,18 @@ class Gen3RPipeline:
         self, run: Run, requests: Sequence[SceneRequest], texts: list[Tensor], draws: Tensor
     ) -> Conditions:
         """Encode views and cameras and project them for the transformer."""
-        frames, height, width = requests[0].num_frames, requests[0].height, requests[0].width
         videos, packed = [], []
         with run.stage("encode views", len(requests)) as tick:
             for index, request in enumerate(requests):
-                # An all-view request may hold more frames than it uses.
-                used = request.images[:frames] if request.task == "allview" else request.images
-                views = prepare_views(used, height, width).to(self.device)
-                path = stages.camera_path(request, views, self.vggt)
-                videos.append(control_video(views, request.task or "", frames))
-                packed.append(
-                    stages.encode_cameras(path, frames, height, width, self.device, self.dtype)
-                )
+                video, cameras = prepare_request(request, self.vggt, self.device, self.dtype)
+                videos.append(video)
+                packed.append(cameras)
                 tick(index + 1)
-            video = torch.stack(videos)
-            image = stages.embed_views(self.clip_image_encoder, video[:, :, 0])
-            control = stages.encode_control(
-                self.wan_vae, video, [r.task or "" for r in requests], draws
-            )
-            repeats = len(texts) // len(requests)
-            conditions = self.transformer.condition(
-                texts, *(torch.cat([x] * repeats) for x in (image, control, torch.cat(packed)))
-            )
-        return conditions
+            clips = torch.stack(videos)
+            image = stages.embed_views(self.clip_image_encoder, clips[:, :, 0])
+            tasks = [r.task or "" for r in requests]
+            control = stages.encode_control(self.wan_vae, clips, tasks, draws)
+            return join_conditions(self.transformer, texts, image, control, torch.cat(packed))
 
     def _decode(
         self, run: Run, requests: Sequence[SceneRequest], joint: Tensor, point_maps: bool
@@ -257,8 +255,7 @@ class Gen3RPipeline:
             row = slice(index, index + 1)
             with run.stage("decode appearance", 1):
                 rgb = stages.decode_appearance(self.wan_vae, appearance[row])
-                # Truncated, not rounded, as upstream's rgb.mp4.
-                pixels = (rgb[0] * 255).to(torch.uint8).cpu()
+                pixels = to_bytes(rgb[0]).cpu()
             with run.stage("decode geometry", 1):
                 g = stages.decode_geometry(
                     self.geo_adapter,
@@ -269,19 +266,7 @@ class Gen3RPipeline:
                     point_maps=point_maps,
                 )
                 scenes.append(to_scene(pixels, g))
-            scenes[-1].info.update(
-                task=request.task,
-                seed=request.seed,
-                prompt=request.prompt,
-                negative_prompt=request.negative_prompt,
-                num_frames=request.num_frames,
-                height=height,
-                width=width,
-                dtype=str(self.dtype).removeprefix("torch."),
-                device=device_name(self.device),
-                seconds=run.seconds,
-                peak_memory_gib=peak_memory(self.device),
-            )
+            scenes[-1].info.update(scene_facts(request, self.dtype, self.device, run))
         return scenes
 
 

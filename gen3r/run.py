@@ -1,4 +1,7 @@
-"""What one pipeline call needs beside the model: progress, timing, noise, the finished scene."""
+"""What one call needs beside the model: progress, timing, noise, inputs, the finished scene.
+
+`Gen3RPipeline` and the engine's runtime call the same functions.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gen3r import stages
 from gen3r.cameras import to_homogeneous
+from gen3r.conditioning import control_video, prepare_views
 from gen3r.scene import Scene, SceneRequest
 from gen3r.stages import Geometry, latent_shape
+from gen3r.transformer import Conditions, WanTransformer
+from gen3r.vggt import VGGT
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -108,6 +116,67 @@ def _normal(
     """Noise drawn on the generator's own device, then moved."""
     drawn = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
     return drawn.to(device)
+
+
+def text_rows(requests: Sequence[SceneRequest], guided: bool) -> list[str]:
+    """The text of every row of a batch: with guidance the negative prompts first."""
+    negative = [r.negative_prompt for r in requests] if guided else []
+    return negative + [r.prompt for r in requests]
+
+
+def prepare_request(
+    request: SceneRequest,
+    vggt: VGGT,  # run only where `stages.needs_vggt`
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [3, F, H, W] in [0, 1], [1, 24, f, H, 2 W]
+    """A request's control video, black where no view is given, and its packed camera maps."""
+    frames, height, width = request.num_frames, request.height, request.width
+    # An all-view request may hold more frames than it uses.
+    used = request.images[:frames] if request.task == "allview" else request.images
+    views = prepare_views(used, height, width).to(device)
+    path = stages.camera_path(request, views, vggt)
+    video = control_video(views, request.task or "", frames)
+    return video, stages.encode_cameras(path, frames, height, width, device, dtype)
+
+
+def join_conditions(
+    transformer: WanTransformer,
+    texts: Sequence[Tensor],  # per row of `text_rows`, [n_i, text_dim]
+    image: Tensor,  # [B, 257, clip_dim]
+    control: Tensor,  # [B, 20, f, h, 2 w]
+    cameras: Tensor,  # [B, 24, f, H, 2 W]
+) -> Conditions:
+    """Project a batch's inputs; with guidance both rows of a scene get the same views."""
+    repeats = len(texts) // len(image)
+    rows = (torch.cat([x] * repeats) for x in (image, control, cameras))
+    return transformer.condition(texts, *rows)
+
+
+def to_bytes(
+    rgb: Tensor,  # [..., 3] in [0, 1]
+) -> Tensor:  # same shape, uint8
+    """Truncated, not rounded, as upstream's rgb.mp4."""
+    return (rgb * 255).to(torch.uint8)
+
+
+def scene_facts(
+    request: SceneRequest, dtype: torch.dtype, device: torch.device, run: Run
+) -> dict[str, Any]:
+    """`Scene.info` of one request: what was asked, where it ran, seconds per stage, memory."""
+    return {
+        "task": request.task,
+        "seed": request.seed,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_frames": request.num_frames,
+        "height": request.height,
+        "width": request.width,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "seconds": run.seconds,
+        "peak_memory_gib": peak_memory(device),
+    }
 
 
 def to_scene(

@@ -84,6 +84,12 @@ def encode_control(
     return control_latents(appearance, mask.to(appearance.device))
 
 
+def needs_vggt(request: SceneRequest) -> bool:
+    """Whether the request's cameras take intrinsics and scene scale from VGGT on its views."""
+    moves = isinstance(request.cameras, str) and request.cameras != "free"
+    return moves and request.task != "allview"
+
+
 def camera_path(
     request: SceneRequest,
     views: Tensor,  # [N, 3, H, W] in [0, 1]

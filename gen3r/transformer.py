@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from gen3r.camera_control import CameraAdapter
 from gen3r.config import TransformerConfig
 from gen3r.rope import rope_table
-from gen3r.transformer_blocks import Block, Head, ImageProjection, Norm
+from gen3r.transformer_blocks import Block, Head, ImageProjection, KeysValues, Norm
 from gen3r_kernels import Backends, layer_norm_modulate
 
 
@@ -41,6 +41,23 @@ class Conditions:
     image: Tensor
     cameras: Tensor | None
     control: Tensor
+
+
+@dataclass(frozen=True)
+class StepConstants:
+    """What every denoising step reads and none changes, as `WanTransformer.prepare` makes it.
+
+    embedding : [n, S, C] float32, the patch embedding's share of the control latents and its bias,
+        plus the camera features
+    keys_values : per block what cross-attention reads, R rows; R is a multiple of n
+    rope : cosines and sines [S, D / 2] float32
+    grid : tokens in time, height and width
+    """
+
+    embedding: Tensor
+    keys_values: tuple[KeysValues, ...]
+    rope: tuple[Tensor, Tensor]
+    grid: tuple[int, int, int]
 
 
 def sinusoidal_embedding(
@@ -114,17 +131,105 @@ class WanTransformer(nn.Module):
             control=control.to(dtype),
         )
 
-    def modulation(
+    def prepare(
         self,
-        timesteps: Tensor,  # [B]
-    ) -> tuple[list[tuple[Tensor, ...]], Norm]:
-        """Per block six [B, 1, C] tables, and the head's norm; all float32."""
+        conditions: Conditions,
+        side_by_side: bool | None = None,
+        scenes: int | None = None,
+    ) -> StepConstants:
+        """Compute once what every step would compute again.
+
+        side_by_side : whether the width axis holds two halves that share their positions; None
+            takes upstream's rule (token grid height != width).
+        scenes : n, where the R rows of `conditions` are n scenes several times over (with guidance
+            twice) that differ in their text only: control latents and cameras are read from the
+            first n rows. None: every row has its own.
+
+        Raises
+        ------
+        ValueError : rows that are no multiple of the scenes, or a latent grid that the patch size
+            or the two halves do not divide.
+        """
+        rows = conditions.text.shape[0]
+        scenes = rows if scenes is None else scenes
+        if scenes < 1 or rows % scenes:
+            raise ValueError(f"{rows} rows of conditions are no multiple of {scenes} scenes")
+        patch, control = self.config.patch_size, conditions.control[:scenes]
+        if any(n % p for n, p in zip(control.shape[2:], patch, strict=True)):
+            raise ValueError(
+                f"latent grid {tuple(control.shape[2:])} is not divisible by the patch {patch}"
+            )
+        layer = self.patch_embedding
+        weight = layer.weight[:, self.config.out_dim :]
+        embedding = F.conv3d(control, weight, layer.bias, layer.stride).float()
+        if conditions.cameras is not None:
+            embedding = embedding + conditions.cameras[:scenes].float()
+        grid = (embedding.shape[2], embedding.shape[3], embedding.shape[4])
+        return StepConstants(
+            embedding=embedding.flatten(2).transpose(1, 2).contiguous(),
+            keys_values=tuple(
+                block.cross_attn.keys_values(
+                    conditions.text, conditions.image, conditions.text_lengths
+                )
+                for block in self.typed_blocks
+            ),
+            rope=rope_table(grid, self.config.head_dim, side_by_side, embedding.device),
+            grid=grid,
+        )
+
+    def tables(
+        self,
+        timesteps: Tensor,  # [T]
+    ) -> Tensor:  # [T, 6 L + 2, C] float32
+        """All modulation of the network at each timestep: six rows a block, then the head's two."""
         features = sinusoidal_embedding(timesteps, self.config.freq_dim)
         e = _float32(self.time_embedding, features)
         e0 = _float32(self.time_projection, e).unflatten(-1, (6, -1))
-        tables = [(block.modulation.float() + e0).split(1, dim=1) for block in self.typed_blocks]
-        shift, scale = (self.head.modulation.float() + e[:, None]).split(1, dim=1)
-        return tables, {"scale": scale, "shift": shift}
+        parts = [block.modulation.float() + e0 for block in self.typed_blocks]
+        return torch.cat([*parts, self.head.modulation.float() + e[:, None]], dim=1)
+
+    def embed(
+        self,
+        latents: Tensor,  # [n, out_dim, f, h, w]
+        constants: StepConstants,
+    ) -> Tensor:  # [n, S, C] float32
+        """The residual stream before the first block."""
+        f, h, w = constants.grid
+        p, q, r = self.config.patch_size
+        x = latents.to(self.dtype).reshape(len(latents), -1, f, p, h, q, w, r)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # a patch: (c, p, q, r)
+        weight = self.patch_embedding.weight[:, : self.config.out_dim].flatten(1)
+        return constants.embedding + F.linear(x, weight).float()
+
+    def velocity(
+        self,
+        latents: Tensor,  # [n, out_dim, f, h, w]
+        tables: Tensor,  # [1 or n, 6 L + 2, C] float32, of `tables`; 1 where R > n
+        constants: StepConstants,  # of R rows
+    ) -> Tensor:  # [R, out_dim, f, h, w] float32
+        """Velocity of the joint latents, R / n answers to each scene.
+
+        With R > n the answers to one scene differ in their text only, and share all that comes
+        before the first cross-attention: the first block's self-attention runs n rows.
+        """
+        count = len(self.typed_blocks)
+        rows = [tables[:, i : i + 1] for i in range(tables.shape[1])]
+        norms: list[Norm] = [{"shift": rows[6 * i], "scale": rows[6 * i + 1]} for i in range(count)]
+        norms.append({"shift": rows[-2], "scale": rows[-1]})
+        stream = self.embed(latents, constants)
+        normed = layer_norm_modulate(
+            stream,
+            **norms[0],
+            eps=self.config.eps,
+            out_dtype=self.dtype,
+            backends=self.backends,
+        )
+        for i, block in enumerate(self.typed_blocks):
+            modulation = tuple(rows[6 * i : 6 * i + 6])
+            stream, normed = block(
+                stream, normed, modulation, norms[i + 1], constants.keys_values[i], constants.rope
+            )
+        return self.unpatchify(self.head.head(normed), constants.grid)
 
     def forward(
         self,
@@ -133,43 +238,14 @@ class WanTransformer(nn.Module):
         conditions: Conditions,
         side_by_side: bool | None = None,
     ) -> Tensor:  # [B, out_dim, f, h, w] float32
-        """Velocity of the joint latents.
-
-        side_by_side: whether the width axis holds two halves that share their positions; None takes
-        upstream's rule (token grid height != width).
+        """Velocity of the joint latents; `side_by_side` as in `prepare`.
 
         Raises
         ------
         ValueError : a latent grid that the patch size or the two halves do not divide.
         """
-        patch = self.config.patch_size
-        if any(n % p for n, p in zip(latents.shape[2:], patch, strict=True)):
-            raise ValueError(
-                f"latent grid {tuple(latents.shape[2:])} is not divisible by the patch {patch}"
-            )
-        x = self.patch_embedding(torch.cat([latents.to(self.dtype), conditions.control], dim=1))
-        if conditions.cameras is not None:
-            x = x + conditions.cameras
-        grid = (x.shape[2], x.shape[3], x.shape[4])
-        rope = rope_table(grid, self.config.head_dim, side_by_side, x.device)
-        tables, head = self.modulation(timesteps)
-
-        stream = x.flatten(2).transpose(1, 2).float()
-        norms: list[Norm] = [{"shift": t[0], "scale": t[1]} for t in tables]
-        norms.append(head)
-        normed = layer_norm_modulate(
-            stream,
-            **norms[0],
-            eps=self.config.eps,
-            out_dtype=self.dtype,
-            backends=self.backends,
-        )
-        for block, table, following in zip(self.typed_blocks, tables, norms[1:], strict=True):
-            keys_values = block.cross_attn.keys_values(
-                conditions.text, conditions.image, conditions.text_lengths
-            )
-            stream, normed = block(stream, normed, table, following, keys_values, rope)
-        return self.unpatchify(self.head.head(normed), grid)
+        constants = self.prepare(conditions, side_by_side)
+        return self.velocity(latents, self.tables(timesteps), constants)
 
     def unpatchify(
         self,

@@ -115,13 +115,18 @@ class CrossAttention(Attention):
     ) -> Tensor:  # [B, L, C]
         return rms_norm(x, norm.weight, self.config.eps, backends=self.backends)
 
-    def forward(
+    def queries(
         self,
         x: Tensor,  # [B, S, C]
+    ) -> Tensor:  # [B, S, H, D]
+        q = self.norm(self.project(self.q, x), self.norm_q)
+        return q.unflatten(-1, (self.config.num_heads, -1))
+
+    def forward(
+        self,
+        q: Tensor,  # [B, S, H, D] from `queries`
         keys_values: KeysValues,
     ) -> Tensor:  # [B, S, C]
-        q = self.norm(self.project(self.q, x), self.norm_q)
-        q = q.unflatten(-1, (self.config.num_heads, -1))
         out = cross_attention(
             q,
             keys_values.k_text,
@@ -171,17 +176,22 @@ class Block(nn.Module):
         self,
         stream: Tensor,  # [B, S, C] float32
         normed: Tensor,  # [B, S, C]
-        modulation: tuple[Tensor, ...],  # 6 x [B, 1, C] float32: shift, scale, gate, twice
+        modulation: tuple[Tensor, ...],  # 6 x [1 or B, 1, C] float32: shift, scale, gate, twice
         following: Norm,  # scale and shift of the norm behind this block
-        keys_values: KeysValues,
+        keys_values: KeysValues,  # R rows, a multiple of B
         rope: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:  # stream and normed for what follows
+    ) -> tuple[Tensor, Tensor]:  # stream [R, S, C] and normed [R, S, C] for what follows
+        """With R > B the rows are repeated R / B times where the text first tells them apart."""
         _, _, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
         affine: Norm = {"weight": self.norm3.weight, "bias": self.norm3.bias}
         modulated: Norm = {"scale": ffn_scale, "shift": ffn_shift}
         attended = self.self_attn(normed, rope)
         stream, normed = self.update(stream, attended, attention_gate, affine)
-        attended = self.cross_attn(normed, keys_values)
+        q = self.cross_attn.queries(normed)
+        repeats = keys_values.k_text.shape[0] // stream.shape[0]
+        if repeats > 1:
+            stream, q = stream.repeat(repeats, 1, 1), q.repeat(repeats, 1, 1, 1)
+        attended = self.cross_attn(q, keys_values)
         stream, normed = self.update(stream, attended, None, modulated)
         return self.update(stream, self.ffn(normed), ffn_gate, following)
 

@@ -58,7 +58,6 @@ def test_cases(golden: Golden) -> None:
         return lambda module, args, out: captured.__setitem__(name, (args, out))
 
     for name, module in {
-        "patch_embedding": model.patch_embedding,
         "control_adapter": model.control_adapter,
         "text_context": model.text_embedding,
         "img_context": model.img_emb,
@@ -70,7 +69,10 @@ def test_cases(golden: Golden) -> None:
     for case in golden.meta["cases"]:
         given = inputs(golden, case)
         out = run(model, given)
-        for name in ("patch_embedding", "control_adapter", "text_context", "img_context", "head"):
+        # The model embeds latents and control apart; together they are the stored tensor.
+        joint = torch.cat([given["latents"], given["control"]], dim=1)
+        golden.check(f"{case}/mid/patch_embedding", model.patch_embedding(joint))
+        for name in ("control_adapter", "text_context", "img_context", "head"):
             golden.check(f"{case}/mid/{name}", captured[name][1])
         golden.check(f"{case}/mid/block_input", captured["block_first"][0][0])
         golden.check(f"{case}/mid/block_first", captured["block_first"][1][0])
