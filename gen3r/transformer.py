@@ -216,18 +216,24 @@ class WanTransformer(nn.Module):
         rows = [tables[:, i : i + 1] for i in range(tables.shape[1])]
         norms: list[Norm] = [{"shift": rows[6 * i], "scale": rows[6 * i + 1]} for i in range(count)]
         norms.append({"shift": rows[-2], "scale": rows[-1]})
+        reads = [*(block.self_attn.reads for block in self.typed_blocks), self.dtype]
         stream = self.embed(latents, constants)
         normed = layer_norm_modulate(
             stream,
             **norms[0],
             eps=self.config.eps,
-            out_dtype=self.dtype,
+            out_dtype=reads[0],
             backends=self.backends,
         )
         for i, block in enumerate(self.typed_blocks):
-            modulation = tuple(rows[6 * i : 6 * i + 6])
             stream, normed = block(
-                stream, normed, modulation, norms[i + 1], constants.keys_values[i], constants.rope
+                stream,
+                normed,
+                tuple(rows[6 * i : 6 * i + 6]),
+                norms[i + 1],
+                constants.keys_values[i],
+                constants.rope,
+                reads[i + 1],
             )
         return self.unpatchify(self.head.head(normed), constants.grid)
 

@@ -5,21 +5,28 @@ Source: Wan2.1 (arXiv 2503.20314). Module names are the checkpoint's parameter n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from gen3r.config import TransformerConfig
+from gen3r.quantized_linear import Linear, QuantizedLinear, Rows, rows_dtype
 from gen3r_kernels import (
     Backends,
     attention,
+    attention_quantized,
     cross_attention,
     gated_residual,
     linear,
+    quantize,
     rms_norm,
     rms_norm_rope,
+    rms_norm_rope_int8,
+    rope_key_mean,
 )
+from gen3r_kernels.dispatch import FLOAT8
 
 Norm = dict[str, Tensor | None]  # tables of layer_norm_modulate, by their argument names
 
@@ -32,6 +39,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
 
+def project(
+    layer: Linear,
+    x: Rows,  # [..., K]
+    backends: Backends,
+) -> Tensor:  # [..., N] in the dtype of the layer's bias
+    """A linear layer, plain or in 8 bits; plain rows are quantised where the layer asks for it."""
+    if isinstance(layer, QuantizedLinear) and isinstance(x, Tensor):
+        x = quantize(x, backends=backends)
+    y = linear(x, layer.weight, layer.bias, out_dtype=layer.bias.dtype, backends=backends)
+    return cast(Tensor, y)  # out_dtype is not 8-bit
+
+
 class Attention(nn.Module):
     """The projections and norms that self- and cross-attention share."""
 
@@ -39,38 +58,67 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.dim
         self.config, self.backends = config, backends
+        # `apply_precision` puts a QuantizedLinear in the place of some.
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
 
     def project(
         self,
-        layer: nn.Linear,
-        x: Tensor,  # [..., C]
-    ) -> Tensor:  # [..., C]
-        return linear(x, layer.weight, layer.bias, backends=self.backends)
+        layer: Linear,
+        x: Rows,  # [..., C]
+    ) -> Tensor:  # [..., N]
+        return project(layer, x, self.backends)
 
 
 class SelfAttention(Attention):
-    """Attention among the tokens, with rotary positions."""
+    """Attention among the tokens, with rotary positions.
+
+    qkv : None, or the layer that computes q, k and v in one product (their own layers are gone)
+    int8_scores : whether scores are products of int8 (see `gen3r.precision`)
+    """
+
+    def __init__(self, config: TransformerConfig, backends: Backends) -> None:
+        super().__init__(config, backends)
+        self.qkv: QuantizedLinear | None = None
+        self.int8_scores = False
+
+    def join(self, make: Callable[..., QuantizedLinear]) -> None:
+        """Replace q, k and v by the one layer that `make(q, k, v)` gives."""
+        self.qkv = make(self.q, self.k, self.v)
+        del self.q, self.k, self.v
+
+    @property
+    def reads(self) -> torch.dtype:
+        """In which dtype the rows come."""
+        return rows_dtype(self.q if self.qkv is None else self.qkv)
+
+    def queries_keys_values(
+        self,
+        x: Rows,  # [B, S, C]
+    ) -> tuple[Tensor, ...]:  # 3 x [B, S, C]; views of one tensor where the product is one
+        if self.qkv is None:
+            return tuple(self.project(layer, x) for layer in (self.q, self.k, self.v))
+        return self.project(self.qkv, x).chunk(3, dim=-1)
 
     def forward(
         self,
-        x: Tensor,  # [B, S, C]
+        x: Rows,  # [B, S, C]
         rope: tuple[Tensor, Tensor],  # cos, sin, each [S, D / 2]
     ) -> Tensor:  # [B, S, C]
-        heads = self.config.num_heads
-        q, k = rms_norm_rope(
-            self.project(self.q, x),
-            self.project(self.k, x),
-            self.norm_q.weight,
-            self.norm_k.weight,
-            *rope,
-            num_heads=heads,
-            eps=self.config.eps,
-            backends=self.backends,
-        )
-        v = self.project(self.v, x).unflatten(-1, (heads, -1))
-        return self.project(self.o, attention(q, k, v, self.backends).flatten(2))
+        q, k, v = self.queries_keys_values(x)
+        v = v.unflatten(-1, (self.config.num_heads, -1))
+        gains = (self.norm_q.weight, self.norm_k.weight)
+        heads, eps, backends = self.config.num_heads, self.config.eps, self.backends
+        if self.int8_scores:
+            mean = rope_key_mean(k, gains[1], *rope, num_heads=heads, eps=eps, backends=backends)
+            rows = rms_norm_rope_int8(
+                q, k, *gains, *rope, num_heads=heads, eps=eps, k_mean=mean, backends=backends
+            )
+            out = attention_quantized(*rows, v, backends=backends)
+        else:
+            q, k = rms_norm_rope(q, k, *gains, *rope, num_heads=heads, eps=eps, backends=backends)
+            out = attention(q, k, v, backends)
+        return self.project(self.o, out.flatten(2))
 
 
 class KeysValues(NamedTuple):
@@ -117,7 +165,7 @@ class CrossAttention(Attention):
 
     def queries(
         self,
-        x: Tensor,  # [B, S, C]
+        x: Rows,  # [B, S, C]
     ) -> Tensor:  # [B, S, H, D]
         q = self.norm(self.project(self.q, x), self.norm_q)
         return q.unflatten(-1, (self.config.num_heads, -1))
@@ -140,7 +188,10 @@ class CrossAttention(Attention):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a tanh-GELU between, which the first layer's operator applies."""
+    """Two linear layers with a tanh-GELU between, which the first layer's operator applies.
+
+    fused : whether the first layer's operator also leaves its result in 8 bits for the second
+    """
 
     def __init__(self, config: TransformerConfig, backends: Backends) -> None:
         super().__init__(
@@ -149,11 +200,27 @@ class FeedForward(nn.Sequential):
             nn.Linear(config.ffn_dim, config.dim),
         )
         self.backends = backends
+        self.fused = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, last = cast(nn.Linear, self[0]), cast(nn.Linear, self[2])
-        hidden = linear(x, first.weight, first.bias, activation="gelu_tanh", backends=self.backends)
-        return linear(hidden, last.weight, last.bias, backends=self.backends)
+    @property
+    def reads(self) -> torch.dtype:
+        """In which dtype the rows come."""
+        return rows_dtype(cast(Linear, self[0]))
+
+    def forward(
+        self,
+        x: Rows,  # [B, S, C]
+    ) -> Tensor:  # [B, S, C]
+        first, last = cast(Linear, self[0]), cast(Linear, self[2])
+        hidden = linear(
+            x,
+            first.weight,
+            first.bias,
+            activation="gelu_tanh",
+            out_dtype=FLOAT8 if self.fused else first.bias.dtype,
+            backends=self.backends,
+        )
+        return project(last, hidden, self.backends)
 
 
 class Block(nn.Module):
@@ -175,25 +242,30 @@ class Block(nn.Module):
     def forward(
         self,
         stream: Tensor,  # [B, S, C] float32
-        normed: Tensor,  # [B, S, C]
+        normed: Rows,  # [B, S, C]
         modulation: tuple[Tensor, ...],  # 6 x [1 or B, 1, C] float32: shift, scale, gate, twice
         following: Norm,  # scale and shift of the norm behind this block
         keys_values: KeysValues,  # R rows, a multiple of B
         rope: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:  # stream [R, S, C] and normed [R, S, C] for what follows
-        """With R > B the rows are repeated R / B times where the text first tells them apart."""
+        following_dtype: torch.dtype,
+    ) -> tuple[Tensor, Rows]:  # stream [R, S, C] and normed [R, S, C] for what follows
+        """With R > B the rows are repeated R / B times where the text first tells them apart.
+
+        following_dtype : of the rows for what follows; float8_e4m3fn leaves them `Quantized`.
+        """
         _, _, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
         affine: Norm = {"weight": self.norm3.weight, "bias": self.norm3.bias}
         modulated: Norm = {"scale": ffn_scale, "shift": ffn_shift}
         attended = self.self_attn(normed, rope)
-        stream, normed = self.update(stream, attended, attention_gate, affine)
+        query_dtype = rows_dtype(self.cross_attn.q)
+        stream, normed = self.update(stream, attended, attention_gate, affine, query_dtype)
         q = self.cross_attn.queries(normed)
         repeats = keys_values.k_text.shape[0] // stream.shape[0]
         if repeats > 1:
             stream, q = stream.repeat(repeats, 1, 1), q.repeat(repeats, 1, 1, 1)
         attended = self.cross_attn(q, keys_values)
-        stream, normed = self.update(stream, attended, None, modulated)
-        return self.update(stream, self.ffn(normed), ffn_gate, following)
+        stream, normed = self.update(stream, attended, None, modulated, self.ffn.reads)
+        return self.update(stream, self.ffn(normed), ffn_gate, following, following_dtype)
 
     def update(
         self,
@@ -201,18 +273,18 @@ class Block(nn.Module):
         y: Tensor,  # [B, S, C]
         gate: Tensor | None,  # [B, 1, C] float32
         norm: Norm,
-    ) -> tuple[Tensor, Tensor]:  # stream and normed, the latter in y's dtype
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Rows]:  # stream and normed
         """Add y * gate to the stream and apply the norm that follows."""
-        stream, normed = gated_residual(
+        return gated_residual(
             stream,
             y,
             gate,
             **norm,
             eps=self.config.eps,
-            out_dtype=y.dtype,
+            out_dtype=out_dtype,
             backends=self.backends,
         )
-        return stream, cast(Tensor, normed)  # y is never 8-bit, so that normed is not either
 
 
 class Head(nn.Module):

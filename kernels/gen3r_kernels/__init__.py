@@ -10,6 +10,7 @@ from gen3r_kernels.attention import attention, attention_reference
 from gen3r_kernels.attention_8bit import (
     attention_8bit_reference,
     attention_quantized,
+    attention_quantized_reference,
     quantize_attention,
 )
 from gen3r_kernels.backends import ATTENTION_BACKENDS, AttentionBackend, Backends
@@ -58,6 +59,7 @@ __all__ = [
     "attention",
     "attention_8bit_reference",
     "attention_quantized",
+    "attention_quantized_reference",
     "attention_reference",
     "causal_conv3d",
     "causal_conv3d_reference",

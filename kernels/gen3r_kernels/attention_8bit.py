@@ -23,7 +23,9 @@ Before rounding, two transformations that do not change s beyond a constant per 
   that is large in k alone does not take the bits of all the others (arXiv 2211.10438).
 
 Quantisation reads q and k and writes them in 8 bits: 0.6 GB at [2, 31850, 12, 128], 0.21 ms at
-2.86 TB/s. `rms_norm_rope_int8` writes the same operands in the pass of the norm.
+2.86 TB/s. `rms_norm_rope_int8` writes such operands in the pass of the norm, for
+`attention_quantized`; it takes the mean off and leaves channels as they are, for which a model
+scales its norms' gains once (gen3r/precision.py).
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ from torch import Tensor
 
 from gen3r_kernels.attention import attention_reference
 from gen3r_kernels.attention_hopper import HEAD_DIM, launch_hopper
-from gen3r_kernels.dispatch import CompileCase
+from gen3r_kernels.backends import ATTENTION_BACKENDS, DEFAULT_BACKENDS, Backends
+from gen3r_kernels.dispatch import CompileCase, use_triton
 
 BLOCK = 128  # keys that share a scale
 LIMIT = {"int8": 127.0, "fp8": 448.0}
 DTYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_INT8 = ATTENTION_BACKENDS["triton_int8"]  # says what the kernel takes
 SMALLEST = tl.constexpr(1e-30)  # in place of the maximum of zeros
 
 
@@ -258,15 +262,64 @@ def attention_8bit(
     return launch_hopper(q8, k8, v, q_scale, k_scale)[0]
 
 
-def attention_quantized(
+def attention_quantized_reference(
+    q: Tensor,  # [B, Sq, H, D] 8-bit
+    q_scale: Tensor,  # [B, H, Sq] float32
+    k: Tensor,  # [B, Sk, H, D] 8-bit
+    k_scale: Tensor,  # [B, H, ceil(Sk / 128)] float32
+    v: Tensor,  # [B, Sk, H, D]
+) -> Tensor:  # [B, Sq, H, D] float32
+    """The definition in float32: attention over what the quantised operands stand for."""
+    per_key = k_scale.transpose(1, 2).repeat_interleave(BLOCK, 1)[:, : k.shape[1], :, None]
+    per_query = q_scale.transpose(1, 2)[..., None]
+    return attention_reference(q.float() * per_query, k.float() * per_key, v.float())
+
+
+@torch.library.custom_op("gen3r::attention_quantized", mutates_args=())
+def _attention_quantized_op(
     q: Tensor,  # [B, Sq, H, 128] int8 or float8_e4m3fn
     q_scale: Tensor,  # [B, H, Sq] float32
     k: Tensor,  # [B, Sk, H, 128], dtype of q
     k_scale: Tensor,  # [B, H, ceil(Sk / 128)] float32
     v: Tensor,  # [B, Sk, H, 128] bfloat16 or float16
 ) -> Tensor:  # [B, Sq, H, 128], dtype of v
-    """Attention over operands that are quantised already (`rms_norm_rope_int8` writes them)."""
-    return launch_hopper(q, k, v, q_scale, k_scale)[0]
+    """Opaque to torch.compile; nothing in it waits for the GPU, so that CUDA graphs take it."""
+    if q.is_cuda:
+        return launch_hopper(q, k, v, q_scale, k_scale)[0]
+    # Gluon kernels have no interpreter: in it, only the kernels around this one are run.
+    return attention_quantized_reference(q, q_scale, k, k_scale, v).to(v.dtype).contiguous()
+
+
+@_attention_quantized_op.register_fake
+def _(q: Tensor, q_scale: Tensor, k: Tensor, k_scale: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(q.shape)
+
+
+def attention_quantized(
+    q: Tensor,  # [B, Sq, H, D] int8 or float8_e4m3fn
+    q_scale: Tensor,  # [B, H, Sq] float32
+    k: Tensor,  # [B, Sk, H, D], dtype of q
+    k_scale: Tensor,  # [B, H, ceil(Sk / 128)] float32
+    v: Tensor,  # [B, Sk, H, D], rows may be strided
+    *,
+    backends: Backends = DEFAULT_BACKENDS,
+) -> Tensor:  # [B, Sq, H, D], dtype of v
+    """Attention over operands that are quantised already (`rms_norm_rope_int8` writes them).
+
+    Raises
+    ------
+    ValueError : shapes, dtypes or a GPU that the kernel does not take (head size 128, v in
+        bfloat16 or float16, compute capability 9.0), or gradients asked of 8-bit operands.
+    """
+    op = "attention_quantized"
+    if torch.is_grad_enabled() and v.requires_grad:
+        raise ValueError(f"{op}: 8-bit rounding has no backward; use attention to train")
+    if not use_triton(op, v, v.dtype, backends):
+        return attention_quantized_reference(q, q_scale, k, k_scale, v).to(v.dtype)
+    refusal = _INT8.refusal(v)
+    if v.is_cuda and refusal is not None:
+        raise ValueError(f"{op}: {refusal}; keep the scores in bfloat16, or operators='reference'")
+    return _attention_quantized_op(q, q_scale, k, k_scale, v)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from gen3r_kernels.attention import attention_reference
-from gen3r_kernels.attention_8bit import attention_8bit_reference
+from gen3r_kernels.attention_8bit import (
+    _attention_quantized_op,
+    attention_8bit_reference,
+    attention_quantized,
+    quantize_attention_reference,
+)
 from gen3r_kernels.attention_hopper import HopperConfig, launch_hopper
 
 
@@ -85,3 +90,26 @@ def test_what_the_kernel_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, options in launches:
         assert all(x.base.data_ptr() % 16 == 0 for x in arguments[:3])  # type: ignore[attr-defined]
         assert arguments[-1] == pytest.approx(128**-0.5 / math.log(2)) and not options["BIT8"]
+
+
+def test_quantised_operands_stand_for_themselves() -> None:
+    """attention_quantized over what quantize_attention_reference gives, v a strided view."""
+    q, k, v = inputs()
+    v = torch.cat([v, v], dim=2)[:, :, :2]
+    q8, q_scale, k8, k_scale = quantize_attention_reference(q, k)
+    operands = (q8.to(torch.int8), q_scale, k8.to(torch.int8), k_scale)
+    found = attention_quantized(*operands, v)
+    torch.testing.assert_close(found, attention_8bit_reference(q, k, v))
+    assert attention_quantized(*operands, v.bfloat16()).dtype == torch.bfloat16
+    compiled = torch.compile(attention_quantized, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*operands, v), found)
+
+
+def test_the_operator_of_quantised_operands() -> None:
+    """Its fake and its result agree in shape, dtype and strides."""
+    q8 = torch.zeros(1, 130, 2, 128, dtype=torch.int8)
+    scale, v = torch.ones(1, 2, 130), torch.randn(1, 130, 4, 128).bfloat16()[:, :, :2]
+    operands = (q8, scale, q8, scale[..., :2].contiguous(), v)
+    torch.library.opcheck(_attention_quantized_op, operands)
+    with pytest.raises(ValueError, match="no backward"):
+        attention_quantized(*operands[:4], v.float().requires_grad_())
