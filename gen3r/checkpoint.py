@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -120,10 +120,13 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if isinstance(t, Tensor)}
 
 
-def _tensors(
+def read_tensors(
     file: TensorFile, wanted: Container[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """The wanted tensors of a file, one at a time, under upstream's names."""
+    """The wanted tensors of a file, one at a time, under upstream's names.
+
+    On a CPU they may be views of the mapped file.
+    """
     names = {upstream: name for upstream, name in file.names.items() if upstream in wanted}
     if file.path.suffix != ".safetensors":
         state = _load_pickle(file.path)
@@ -188,7 +191,10 @@ def read_config(component: Component, folder: Path) -> ComponentConfig:
 
 @dataclass(frozen=True)
 class ComponentReport:
-    """What `inspect_checkpoint` found in one component's folder."""
+    """What `inspect_checkpoint` found in one component's folder.
+
+    expected : names and shapes that must be there. loaded : the tokenizer, the scheduler.
+    """
 
     name: str
     ok: bool
@@ -196,6 +202,12 @@ class ComponentReport:
     problems: list[str]
     config: ComponentConfig | None = None
     files: list[TensorFile] = field(default_factory=list)
+    expected: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    loaded: Any = None
+
+
+# (file, wanted names, device) -> name and tensor, one at a time; as `read_tensors`.
+Reader = Callable[[TensorFile, Container[str], torch.device], Iterator[tuple[str, Tensor]]]
 
 
 def inspect_component(name: str, folder: Path, allow_pickle: bool = False) -> ComponentReport:
@@ -213,7 +225,7 @@ def inspect_component(name: str, folder: Path, allow_pickle: bool = False) -> Co
         problems = compare_names(component, expected, files)
     total = sum(torch.Size(s).numel() for s in expected.values())
     detail = f"{len(expected)} tensors, {total / 1e6:,.1f} M parameters, {len(files)} file(s)"
-    return ComponentReport(name, not problems, detail, problems, config, files)
+    return ComponentReport(name, not problems, detail, problems, config, files, expected)
 
 
 def inspect_checkpoint(folder: Path, allow_pickle: bool = False) -> list[ComponentReport]:
@@ -225,7 +237,8 @@ def inspect_checkpoint(folder: Path, allow_pickle: bool = False) -> list[Compone
         except CheckpointError as error:
             reports.append(ComponentReport(name, False, "missing or broken", [str(error)]))
         else:
-            reports.append(ComponentReport(name, True, type(loaded).__name__, []))
+            kind = type(loaded).__name__
+            reports.append(ComponentReport(name, True, kind, [], loaded=loaded))
     return reports
 
 
@@ -253,23 +266,46 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 
 
 def load_component(
-    report: ComponentReport, dtype: torch.dtype, device: torch.device, backends: Backends
+    report: ComponentReport,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: Backends,
+    read: Reader = read_tensors,
 ) -> nn.Module:
-    """Build a component on meta and fill it from its files, tensor by tensor."""
-    component = COMPONENTS[report.name]
+    """Build a component on meta and fill it from its files. See `fill_component`."""
+    return fill_component(build_component(report, backends), report, dtype, device, read)
+
+
+def build_component(report: ComponentReport, backends: Backends) -> nn.Module:
+    """A component without memory. Not for several threads: torch's meta device is process-wide."""
     with torch.device("meta"):
-        module = component.build(report.config, backends)
-    expected = component.expected(report.config) if report.config else {}
+        return COMPONENTS[report.name].build(report.config, backends)
+
+
+def fill_component(
+    module: nn.Module,
+    report: ComponentReport,
+    dtype: torch.dtype,
+    device: torch.device,
+    read: Reader = read_tensors,
+) -> nn.Module:
+    """Give a module from `build_component` its tensors, one by one.
+
+    Tensors of another reader than `read_tensors` are taken as they are where dtype and device
+    match: each must own its memory.
+    """
+    component = COMPONENTS[report.name]
     state: dict[str, Tensor] = {}
+    borrowed = read is read_tensors
     for file in report.files:
-        for name, tensor in _tensors(file, expected, device):
+        for name, tensor in read(file, report.expected, device):
             pairs = (
                 [(name, tensor)]
                 if component.keys is None
                 else component.keys.from_upstream(name, tensor)
             )
             for ours, value in pairs:
-                state[ours] = _owned(value, dtype, device)
+                state[ours] = _owned(value, dtype, device, borrowed)
     if component.keys is not None:
         state |= {name: state[source] for name, source in component.keys.tied.items()}
     module.load_state_dict(state, strict=True, assign=True)
@@ -278,14 +314,41 @@ def load_component(
     return module.eval().requires_grad_(False)
 
 
-def _owned(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _owned(tensor: Tensor, dtype: torch.dtype, device: torch.device, borrowed: bool) -> Tensor:
     """The tensor in its own memory: a view would keep a larger tensor or the mapped file alive."""
     moved = tensor.to(device, dtype)
-    return (
-        moved.clone()
-        if moved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-        else moved
-    )
+    if moved.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+        return moved
+    whole = moved.untyped_storage().nbytes() == moved.numel() * moved.element_size()
+    return moved if whole and not borrowed else moved.clone()
+
+
+def checked_reports(folder: Path, allow_pickle: bool = False) -> list[ComponentReport]:
+    """`inspect_checkpoint` of a folder that is to be loaded.
+
+    Raises
+    ------
+    CheckpointError : all problems of all components in one message.
+    """
+    reports = inspect_checkpoint(folder, allow_pickle)
+    problems = [f"{r.name}: {p}" for r in reports for p in r.problems]
+    if problems:
+        raise CheckpointError(f"{folder}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
+    return reports
+
+
+def pipeline_values(folder: Path, reports: list[ComponentReport]) -> dict[str, Any]:
+    """What a `Gen3RPipeline` is made of beside the six modules, as keyword arguments."""
+    ours = read_own_values(folder)
+    found = {r.name: r for r in reports}
+    configs: dict[str, Any] = {name: found[name].config for name in COMPONENTS}
+    sizes = {k: v for k, v in ours.items() if k in ("num_frames", "size")}
+    return {
+        "config": Gen3RConfig(**configs, **sizes),
+        "tokenizer": found["tokenizer"].loaded,
+        "scheduler": found["scheduler"].loaded,
+        "untrained": bool(ours.get("untrained", False)),
+    }
 
 
 def load_pipeline_parts(
@@ -301,24 +364,10 @@ def load_pipeline_parts(
     ------
     CheckpointError : all problems of all components in one message, before anything is loaded.
     """
-    reports = inspect_checkpoint(folder, allow_pickle)
-    problems = [f"{r.name}: {p}" for r in reports for p in r.problems]
-    if problems:
-        raise CheckpointError(f"{folder}: {len(problems)} problem(s)\n  " + "\n  ".join(problems))
-    ours = read_own_values(folder)
-    configs: dict[str, Any] = {r.name: r.config for r in reports if r.name in COMPONENTS}
-    config = Gen3RConfig(
-        **configs,
-        **{k: v for k, v in ours.items() if k in ("num_frames", "size")},
-    )
+    reports = checked_reports(folder, allow_pickle)
     load = partial(load_component, dtype=dtype, device=device, backends=backends)
-    return {
-        "config": config,
-        **{r.name: load(r) for r in reports if r.name in COMPONENTS},
-        "tokenizer": load_tokenizer(folder),
-        "scheduler": load_scheduler(folder),
-        "untrained": bool(ours.get("untrained", False)),
-    }
+    modules = {r.name: load(r) for r in reports if r.name in COMPONENTS}
+    return {**pipeline_values(folder, reports), **modules}
 
 
 def read_own_values(folder: Path) -> dict[str, Any]:

@@ -190,29 +190,35 @@ class VideoAutoencoder(nn.Module):
         return frames
 
 
-def memory_format(x: Tensor, backends: Backends) -> torch.memory_format | None:
+def memory_format(
+    x: Tensor, backends: Backends, device: torch.device | None = None
+) -> torch.memory_format | None:
     """The memory format in which an autoencoder holds x (4 or 5 axes); None: as it is.
 
     Where the kernels run (``operators``: see `Backends`) activations and weights are channels-last,
-    as the kernels read them.
+    as the kernels read them. device : where x is used; None: where it is.
     """
-    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    cuda = (x.device if device is None else device).type == "cuda"
+    half = cuda and x.dtype in (torch.bfloat16, torch.float16)
     if backends.operators == "reference" or (backends.operators == "auto" and not half):
         return None
     return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
 
 
-def arranged(x: Tensor, backends: Backends) -> Tensor:
+def arranged(x: Tensor, backends: Backends, device: torch.device | None = None) -> Tensor:
     """x in its `memory_format`; every layer keeps it."""
-    wanted = memory_format(x, backends)
+    wanted = memory_format(x, backends, device)
     return x if wanted is None else x.contiguous(memory_format=wanted)
 
 
-def arrange_weights(model: VideoAutoencoder) -> None:
-    """Put the weights into the memory format in which they are used, once."""
+def arrange_weights(model: VideoAutoencoder, device: torch.device | None = None) -> None:
+    """Put the weights into the memory format in which they are used on `device`, once.
+
+    device : None stands for where they are.
+    """
     for parameter in model.parameters():
-        if memory_format(parameter, model.backends) is not None:
-            parameter.data = arranged(parameter.data, model.backends)
+        if memory_format(parameter, model.backends, device) is not None:
+            parameter.data = arranged(parameter.data, model.backends, device)
 
 
 def _arrange_after_loading(module: nn.Module, incompatible: object) -> None:
