@@ -44,8 +44,8 @@ class Run:
         self.report(name, 0, total)
         start = time.perf_counter()
         yield lambda done: self.report(name, done, total)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda":  # this stage's stream; others may go on
+            torch.cuda.current_stream(self.device).synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.report(name, total, total)
 
@@ -179,26 +179,38 @@ def scene_facts(
     }
 
 
+def scene_tensors(
+    rgb: Tensor,  # [F, H, W, 3] uint8
+    g: Geometry,  # of a batch of one
+) -> dict[str, Tensor | None]:
+    """The arrays of a `Scene` by name, wherever they were computed."""
+
+    def first(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[0].float()
+
+    return {
+        "rgb": rgb,
+        "depth": g.depth[0],
+        "depth_confidence": g.confidence[0],
+        "extrinsics": to_homogeneous(g.extrinsics[0]),
+        "intrinsics": g.intrinsics[0],
+        "points": g.points[0],
+        "mask": g.mask[0],
+        "point_map": first(g.point_map),
+        "point_confidence": first(g.point_confidence),
+    }
+
+
 def to_scene(
-    rgb: Tensor,  # [F, H, W, 3] uint8, on the host
+    rgb: Tensor,  # [F, H, W, 3] uint8
     g: Geometry,  # of a batch of one
 ) -> Scene:
     """Gather one request's results on the host."""
-
-    def host(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[0].float().cpu()
-
-    return Scene(
-        rgb=rgb,
-        depth=g.depth[0].cpu(),
-        depth_confidence=g.confidence[0].cpu(),
-        extrinsics=to_homogeneous(g.extrinsics[0]).cpu(),
-        intrinsics=g.intrinsics[0].cpu(),
-        points=g.points[0].cpu(),
-        mask=g.mask[0].cpu(),
-        point_map=host(g.point_map),
-        point_confidence=host(g.point_confidence),
-    )
+    arrays: dict[str, Any] = {
+        name: None if value is None else value.cpu()
+        for name, value in scene_tensors(rgb, g).items()
+    }
+    return Scene(**arrays)
 
 
 def device_name(device: torch.device) -> str:

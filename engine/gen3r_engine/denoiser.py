@@ -127,26 +127,41 @@ class Denoiser:
         ValueError : rows that are neither n nor 2 n.
         Cancelled : `cancelled` said so; nothing is left running.
         """
-        rows = conditions.text.shape[0]
-        if rows not in (len(noise), 2 * len(noise)):
-            raise ValueError(f"{rows} rows of conditions for {len(noise)} scenes; give n or 2 n")
-        constants = self.transformer.prepare(conditions, True, scenes=len(noise))
-        plan = self._ready(constants, noise, schedule)
-        del constants
+        plan = self.prepare(conditions, noise, schedule)
         self._load(plan, noise, schedule, guidance_scale)
         self._loop(plan, schedule, on_step, cancelled or (lambda: False))
         return plan.buffers["latents"].clone()
 
-    def _ready(self, constants: StepConstants, noise: Tensor, schedule: Schedule) -> Plan:
+    @torch.no_grad()
+    def prepare(
+        self,
+        conditions: Conditions,
+        noise: Tensor,  # [n, C, f, h, 2 w]
+        schedule: Schedule,
+    ) -> Plan:
+        """All that comes before the first step: compile and capture a new shape, fill its buffers.
+
+        `run` does this itself; done before, it takes a moment there.
+
+        Raises
+        ------
+        ValueError : rows that are neither n nor 2 n.
+        """
+        rows = conditions.text.shape[0]
+        if rows not in (len(noise), 2 * len(noise)):
+            raise ValueError(f"{rows} rows of conditions for {len(noise)} scenes; give n or 2 n")
+        constants = self.transformer.prepare(conditions, True, scenes=len(noise))
+        return self._ready(_key(conditions, noise, schedule), constants, schedule)
+
+    def knows(self, conditions: Conditions, noise: Tensor, schedule: Schedule) -> bool:
+        """Whether buffers and graphs for a run on these are there, so that none is made."""
+        plan = self._plan
+        if plan is None or plan.key != _key(conditions, noise, schedule):
+            return False
+        return not self.captured or {_corrected(s) for s in schedule.steps} <= plan.graphs.keys()
+
+    def _ready(self, key: PlanKey, constants: StepConstants, schedule: Schedule) -> Plan:
         """The plan for this shape with the request's constants in its buffers."""
-        first = constants.keys_values[0]
-        key = PlanKey(
-            latents=tuple(noise.shape),
-            rows=first.k_text.shape[0],
-            image_tokens=first.k_image.shape[1],
-            steps=max(STEPS, len(schedule)),
-            solver=type(schedule.steps[0]),
-        )
         if self._plan is None or self._plan.key != key:
             self.release()
             self._plan = self._make(key, constants)
@@ -314,6 +329,16 @@ def _no_recompilation(active: bool) -> Iterator[None]:
         return
     with torch.compiler.set_stance("fail_on_recompile"):
         yield
+
+
+def _key(conditions: Conditions, noise: Tensor, schedule: Schedule) -> PlanKey:
+    return PlanKey(
+        latents=tuple(noise.shape),
+        rows=conditions.text.shape[0],
+        image_tokens=conditions.image.shape[1],
+        steps=max(STEPS, len(schedule)),
+        solver=type(schedule.steps[0]),
+    )
 
 
 def _corrected(step: EulerStep | MultistepStep) -> bool:

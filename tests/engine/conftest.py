@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from gen3r.writers import save_video
-from tests.engine.scenes import MadePipeline
+from gen3r_engine import EngineConfig
+from gen3r_engine.engine import Engine
+from tests.engine.scenes import MadeEngine
 
 
 @pytest.fixture
-def pipe(monkeypatch: pytest.MonkeyPatch) -> MadePipeline:
-    """The pipeline that the command line finds in place of the embedded model."""
-    made = MadePipeline()
+def engine(monkeypatch: pytest.MonkeyPatch) -> MadeEngine:
+    """The engine found in place of the embedded model's, which says it makes the real sizes."""
+    made, original = MadeEngine(), Engine.load
 
-    def build_nano(**settings: Any) -> MadePipeline:
-        made.built_with = settings
+    def load(checkpoint: str | Path | None, config: EngineConfig) -> MadeEngine | Engine:
+        if checkpoint is not None:
+            return original(checkpoint, config)
+        made.config = config
         return made
 
-    module = types.SimpleNamespace(build_nano=build_nano, NANO=made.config)
-    monkeypatch.setitem(sys.modules, "gen3r.nano", module)
+    monkeypatch.setattr(Engine, "load", load)
+    monkeypatch.setattr("gen3r.nano.NANO", made.pipeline.config)
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 
 from gen3r.config import GEN3R
 from gen3r.scene import Scene, SceneRequest
+from gen3r_engine.config import EngineConfig
+from gen3r_engine.events import Event
+from gen3r_engine.presets import PresetChoice, resolve
 
 
 def made_scene(frames: int = 5, height: int = 56, width: int = 56, seed: int = 0) -> Scene:
@@ -40,27 +43,44 @@ def made_scene(frames: int = 5, height: int = 56, width: int = 56, seed: int = 0
 
 
 @dataclass
-class MadePipeline:
-    """Answers as a pipeline does, with made-up scenes, and keeps what it was asked."""
+class MadeModel:
+    """What the command line asks a pipeline about itself."""
 
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    requests: list[SceneRequest] = field(default_factory=list)
-    built_with: dict[str, Any] = field(default_factory=dict)
-    raises: BaseException | None = None
     untrained: bool = True
     config: Any = GEN3R
 
-    def __call__(
+
+@dataclass
+class MadeEngine:
+    """Answers as an engine does, with made-up scenes, and keeps what it was asked."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[SceneRequest] = field(default_factory=list)
+    raises: BaseException | None = None
+    fails_at: int = 0
+    pipeline: MadeModel = field(default_factory=MadeModel)
+    config: EngineConfig = field(default_factory=EngineConfig)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    notes: list[str] = field(default_factory=lambda: ["a note of the engine"])
+
+    @property
+    def choice(self) -> PresetChoice:
+        return resolve(self.config)
+
+    def stream(
         self,
-        *,
         requests: Sequence[SceneRequest],
-        progress: Callable[[str, int, int], None],
+        *,
+        on_event: Callable[[Event], None],
         **settings: Any,
-    ) -> list[Scene]:
-        self.calls.append({"batch": len(requests), **settings})
+    ) -> Generator[Scene, None, None]:
+        self.calls.append(settings)
         self.requests += requests
-        progress("denoise", 0, 2)
-        if self.raises is not None:
-            raise self.raises
-        progress("denoise", 2, 2)
-        return [made_scene(r.num_frames, r.height, r.width, r.seed) for r in requests]
+        for index, request in enumerate(requests):
+            on_event(Event("progress", index, "denoise", 0, 2))
+            if self.raises is not None and index == self.fails_at:
+                raise self.raises
+            on_event(Event("progress", index, "denoise", 2, 2))
+            scene = made_scene(request.num_frames, request.height, request.width, request.seed)
+            scene.info.update(index=index, batch=1)
+            yield scene

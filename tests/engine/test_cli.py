@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from gen3r.scene import Cameras
 from gen3r.writers import write_cameras
 from gen3r_engine.cli import main
 from tests.engine.commands import run
-from tests.engine.scenes import MadePipeline
+from tests.engine.scenes import MadeEngine
 
 
 def record(folder: Path = Path("outputs")) -> dict[str, Any]:
@@ -25,12 +24,12 @@ def record(folder: Path = Path("outputs")) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------- what is asked
 
 
-def test_one_photo(here: Path, pipe: MadePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_photo(here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--frame_path", "a.png", "--prompts", "a room", "--cameras", "zoom_in") == 0
-    (request,) = pipe.requests
+    (request,) = engine.requests
     assert (request.task, request.prompt, request.cameras) == ("1view", "a room", "zoom_in")
     assert (request.num_frames, request.height, request.width, request.seed) == (5, 56, 56, 42)
-    assert pipe.calls == [{"batch": 1, "num_inference_steps": 50, "guidance_scale": 5.0}]
+    assert engine.calls == [{"steps": 50, "guidance": 5.0}]
     shown = capsys.readouterr()
     (folder,) = (here / "outputs" / "1view").iterdir()
     assert f"outputs/1view/{folder.name}" in shown.out
@@ -41,22 +40,22 @@ def test_one_photo(here: Path, pipe: MadePipeline, capsys: pytest.CaptureFixture
     assert saved["request"]["views"] == ["a.png"]
 
 
-def test_flags_reach_the_model(here: Path, pipe: MadePipeline) -> None:
+def test_flags_reach_the_model(here: Path, engine: MadeEngine) -> None:
     (here / "prompt.txt").write_text("  the first line\nthe second\n")
     flags = "--task 2view --frame_path a.png b.png --prompts prompt.txt --steps 7 --guidance 3.5"
     flags += " --seed 9 --size 56x112 --negative_prompt dull --dtype bfloat16 --device cpu"
     flags += " --attention reference --output_dir results/x --remove_far_points"
     assert main(["run", *flags.split(), "--frames", "9", "--outputs", "points, cameras"]) == 0
-    (request,) = pipe.requests
+    (request,) = engine.requests
     assert (request.task, request.prompt, request.negative_prompt) == (
         *("2view", "the first line"),
         "dull",
     )
     assert (request.num_frames, request.height, request.width, request.seed) == (9, 56, 112, 9)
     assert [np.asarray(i).shape for i in request.images] == [(60, 80, 3), (90, 70, 3)]
-    assert pipe.calls == [{"batch": 1, "num_inference_steps": 7, "guidance_scale": 3.5}]
-    assert pipe.built_with["torch_dtype"] == torch.bfloat16
-    assert pipe.built_with["backends"].attention == "reference"
+    assert engine.calls == [{"steps": 7, "guidance": 3.5}]
+    config = engine.config
+    assert (config.dtype, config.device, config.attention) == ("bfloat16", "cpu", "reference")
     saved = record(here / "results" / "x")
     assert saved["config"]["fusion"]["far_percentile"] == 80
     assert saved["config"]["fusion"]["voxel_size"] == 0.003
@@ -64,37 +63,37 @@ def test_flags_reach_the_model(here: Path, pipe: MadePipeline) -> None:
 
 
 @pytest.mark.parametrize("words", [["translate down"], ["translate", "down"], ["translate_down"]])
-def test_trajectories_in_words(here: Path, pipe: MadePipeline, words: list[str]) -> None:
+def test_trajectories_in_words(here: Path, engine: MadeEngine, words: list[str]) -> None:
     assert run("--cameras", *words, "--frame_path", "a.png") == 0
-    assert pipe.requests[0].cameras == "translate_down"
+    assert engine.requests[0].cameras == "translate_down"
 
 
-def test_camera_file(here: Path, pipe: MadePipeline) -> None:
+def test_camera_file(here: Path, engine: MadeEngine) -> None:
     write_cameras("c.json", np.repeat(np.eye(4)[None], 6, 0), np.repeat(np.eye(3)[None], 6, 0))
     assert run("--cameras", "c.json", "--frame_path", "a.png") == 0
-    cameras = pipe.requests[0].cameras
+    cameras = engine.requests[0].cameras
     assert isinstance(cameras, Cameras) and len(cameras) == 6
 
 
-def test_empty_prompt_file_is_an_empty_prompt(here: Path, pipe: MadePipeline) -> None:
+def test_empty_prompt_file_is_an_empty_prompt(here: Path, engine: MadeEngine) -> None:
     (here / "empty.txt").write_text("")
     assert run("--prompts", "empty.txt", "--frame_path", "a.png") == 0
-    assert pipe.requests[0].prompt == ""
+    assert engine.requests[0].prompt == ""
 
 
 def test_video_and_stride(
-    here: Path, pipe: MadePipeline, capsys: pytest.CaptureFixture[str]
+    here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--frame_path", "v.mp4") == 0
-    assert (pipe.requests[0].task, len(pipe.requests[0].images)) == ("allview", 5)
+    assert (engine.requests[0].task, len(engine.requests[0].images)) == ("allview", 5)
     assert main(["run", "--frame_path", "v.mp4", "--size", "56", "--outputs", "cameras"]) == 0
-    assert (pipe.requests[1].num_frames, len(pipe.requests[1].images)) == (5, 5)
+    assert (engine.requests[1].num_frames, len(engine.requests[1].images)) == (5, 5)
     assert "7 frames for 49 asked: 5 will be made" in capsys.readouterr().err
     assert run("--frame_path", "v.mp4", "--stride", "2") == 0
     assert "4 frames for 5 asked: 1 will be made" in capsys.readouterr().err
 
 
-def test_many_scenes(here: Path, pipe: MadePipeline) -> None:
+def test_many_scenes(here: Path, engine: MadeEngine) -> None:
     scenes = here / "sub" / "scenes.jsonl"
     scenes.parent.mkdir()
     (scenes.parent / "p.txt").write_text("from a file\n")
@@ -105,11 +104,11 @@ def test_many_scenes(here: Path, pipe: MadePipeline) -> None:
     ]
     scenes.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     assert run("--requests", "sub/scenes.jsonl", "--batch", "4", "--prompts", "usual") == 0
-    assert [r.prompt for r in pipe.requests] == ["one", "from a file", "usual"]
-    assert [r.task for r in pipe.requests] == ["1view", "2view", "1view"]
-    assert [r.seed for r in pipe.requests] == [1, 42, 42]
-    assert pipe.requests[1].cameras == "arc_left"
-    assert [c["batch"] for c in pipe.calls] == [2, 1], "one shape a batch"
+    assert [r.prompt for r in engine.requests] == ["one", "from a file", "usual"]
+    assert [r.task for r in engine.requests] == ["1view", "2view", "1view"]
+    assert [r.seed for r in engine.requests] == [1, 42, 42]
+    assert engine.requests[1].cameras == "arc_left"
+    assert len(engine.calls) == 1 and engine.config.max_batch == 4
     assert len(list(here.glob("outputs/*/*/run.json"))) == 3
 
 
@@ -117,16 +116,16 @@ def test_many_scenes(here: Path, pipe: MadePipeline) -> None:
 
 
 def test_interrupt_leaves_nothing(
-    here: Path, pipe: MadePipeline, capsys: pytest.CaptureFixture[str]
+    here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe.raises = KeyboardInterrupt()
+    engine.raises = KeyboardInterrupt()
     assert run("--frame_path", "a.png") == 130
     assert not (here / "outputs").exists()
     assert capsys.readouterr().err.endswith("no unfinished result was left behind\n")
 
 
-def test_a_fault_of_the_program_is_not_hidden(here: Path, pipe: MadePipeline) -> None:
-    pipe.raises = ValueError("shapes differ")
+def test_a_fault_of_the_program_is_not_hidden(here: Path, engine: MadeEngine) -> None:
+    engine.raises = ValueError("shapes differ")
     with pytest.raises(ValueError, match="shapes differ"):
         run("--frame_path", "a.png")
     assert not (here / "outputs").exists()

@@ -11,7 +11,7 @@ import torch
 
 from gen3r.writers import save_video
 from tests.engine.commands import SMALL, process, run
-from tests.engine.scenes import MadePipeline
+from tests.engine.scenes import MadeEngine
 
 
 def _files(here: Path) -> None:
@@ -91,7 +91,7 @@ def check_one_error(code: int, out: str, err: str, message: str) -> None:
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input(
-    here: Path, pipe: MadePipeline, capsys: pytest.CaptureFixture[str], case: str
+    here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     _files(here)
     before = sorted(here.rglob("*"))
@@ -99,19 +99,19 @@ def test_bad_input(
     code = run(*flags.split())
     check_one_error(code, *capsys.readouterr(), message)
     assert sorted(here.rglob("*")) == before, "nothing may be written"
-    assert not pipe.calls
+    assert not engine.calls
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_asked_but_absent(
-    here: Path, pipe: MadePipeline, capsys: pytest.CaptureFixture[str]
+    here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = run("--frame_path", "a.png", "--device", "cuda")
     check_one_error(code, *capsys.readouterr(), "finds no CUDA GPU; use --device cpu")
 
 
 def test_verbose_shows_the_traceback(
-    here: Path, pipe: MadePipeline, capsys: pytest.CaptureFixture[str]
+    here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--frame_path", "x.png", "-v") == 2
     assert "Traceback" in capsys.readouterr().err

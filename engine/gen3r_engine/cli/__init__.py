@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from gen3r_engine.cli import bench, doctor, run
+from gen3r_engine.cli import bench, doctor, run, verify, warmup
 from gen3r_engine.cli.errors import UsageError, one_line
 
-COMMANDS = {"run": run, "doctor": doctor, "bench": bench}
+COMMANDS = {"run": run, "warmup": warmup, "verify": verify, "doctor": doctor, "bench": bench}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,7 +2,8 @@
 
 gen3r-engine bench --suite kernels                            # operators, providers side by side
 gen3r-engine bench --suite kernels --case 'layer_norm*' --provider eager gen3r
-gen3r-engine bench --suite pipeline -- --tasks 1view --steps 8     # behind --: the suite's options
+gen3r-engine bench --suite step --preset eager exact fp8      # the denoising step and loop
+gen3r-engine bench --suite e2e -- --steps 4 --scenes 2        # behind --: the suite's options
 gen3r-engine bench --report                                   # table and roofline plot
 gen3r-engine bench --compare before.jsonl after.jsonl         # exit code 1 if something got worse
 
@@ -20,8 +21,10 @@ from types import ModuleType
 
 from gen3r_engine.cli.errors import UsageError, user_input
 
-HELP = "measure operators, stages or loading; report and compare"
-SUITES = ("kernels", "pipeline", "loading", "cpu")
+HELP = "measure operators, steps, scenes, memory or loading; report and compare"
+ENGINE_SUITES = ("step", "fidelity", "e2e", "memory", "startup")
+SUITES = ("kernels", "pipeline", "loading", "cpu", *ENGINE_SUITES)
+PROVIDERS = ("eager", "exact", "fp8", "24gb", "12gb")
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="table and roofline plot of these files or folders (default: all committed results)",
+        help="tables and pictures of these files or folders (default: all committed results)",
     )
     what.add_argument(
         "--compare",
@@ -47,6 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("--case", nargs="+", default=[], help="only these cases (* and ? allowed)")
     kernels.add_argument("--provider", nargs="+", default=[], help="only these providers")
     kernels.add_argument("--list", action="store_true", help="say what would run, and stop")
+    engine = parser.add_argument_group(f"--suite {', '.join(ENGINE_SUITES)}")
+    engine.add_argument(
+        "--preset",
+        nargs="+",
+        choices=PROVIDERS,
+        default=[],
+        help="presets, memory tiers and upstream's way (default: the suite's own choice)",
+    )
+    engine.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="PATH",
+        help="weights of e2e, memory and startup (default: random ones)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -86,7 +102,17 @@ def suite_arguments(args: argparse.Namespace) -> list[str]:
     only_kernels = [flag for flag, value in (*chosen, ("--list", args.list)) if value]
     if args.suite != "kernels" and only_kernels:
         raise UsageError(f"{only_kernels[0]} belongs to --suite kernels; leave it out")
+    engine = [
+        ("--preset", args.preset),
+        ("--pretrained_model_name_or_path", args.pretrained_model_name_or_path),
+    ]
+    only_engine = [flag for flag, value in engine if value]
+    if args.suite not in ENGINE_SUITES and only_engine:
+        raise UsageError(f"{only_engine[0]} belongs to --suite {', '.join(ENGINE_SUITES)}")
     given = [text for flag, values in chosen if values for text in (flag, *values)]
+    given += ["--preset", *args.preset] if args.preset else []
+    checkpoint = args.pretrained_model_name_or_path
+    given += ["--pretrained_model_name_or_path", checkpoint] if checkpoint is not None else []
     given += ["--list"] if args.list else []
     given += ["--out", str(args.out)] if args.out is not None else []
     given += ["--commit", args.commit] if args.commit is not None else []

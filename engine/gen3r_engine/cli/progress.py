@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -39,11 +40,14 @@ class _Rate(ProgressColumn):
 class StageProgress:
     """Shows stages as they go. Call it with (stage, done, total); use it in a `with` block.
 
-    `seconds` holds the wall time of each finished stage by its name.
+    `seconds` holds the wall time of each finished stage by its name. Stages may run beside each
+    other and report from several threads. With `brief` the bar of a finished stage goes.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, brief: bool = False) -> None:
         self.stream = stream or sys.stderr
+        self.brief = brief
+        self._lock = threading.Lock()
         self.seconds: dict[str, float] = {}
         self._started: dict[str, float] = {}
         self._last = time.perf_counter()
@@ -59,6 +63,7 @@ class StageProgress:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=Console(file=self.stream),
+                redirect_stdout=False,  # what goes to a pipe there must get there
             )
 
     def __enter__(self) -> Self:
@@ -77,19 +82,32 @@ class StageProgress:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        with self._lock:
+            self._report(stage, done, total)
+
+    def _report(self, stage: str, done: int, total: int) -> None:
         now = time.perf_counter()
         # A stage may first report when partly done: it began when the last report ended.
-        start = self._started.setdefault(stage, self._last)
+        start = self._started.setdefault(stage, self._last if done else now)
         self._last = now
+        finished = done >= total
         if self._bars is not None:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total)
-            self._bars.update(self._tasks[stage], completed=done, total=total)
-        if done >= total and stage not in self.seconds:
+            shown = not (finished and self.brief)
+            self._bars.update(self._tasks[stage], completed=done, total=total, visible=shown)
+        if finished and stage not in self.seconds:
             self.seconds[stage] = now - start
             if self._bars is None:
                 steps = f" ({total} steps)" if total > 1 else ""
                 print(f"{stage}{steps}: {now - start:.1f} s", file=self.stream, flush=True)
+
+    def say(self, text: str) -> None:
+        """One line on the output stream, above the bars where both are on one terminal."""
+        if self._bars is not None and sys.stdout.isatty():
+            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
 
 
 def note(text: str) -> None:

@@ -1,0 +1,317 @@
+"""The stages of a batch of scenes on one engine: encode, denoise, decode, finish.
+
+Every stage calls gen3r's functions. Added here: text features from the cache, modules brought to
+the GPU and away as the memory tier says, the captured denoising loop, streams, asynchronous copies.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gen3r import stages
+from gen3r.encoders import tokenize_and_encode
+from gen3r.pipeline import Gen3RPipeline
+from gen3r.run import (
+    Progress,
+    Run,
+    draw_noise,
+    join_conditions,
+    prepare_request,
+    scene_facts,
+    scene_tensors,
+    text_rows,
+    to_bytes,
+)
+from gen3r.scene import Scene, SceneRequest
+from gen3r.schedulers import Schedule
+from gen3r.transformer import Conditions
+from gen3r_engine.denoiser import Cancelled, Denoiser
+from gen3r_engine.events import SceneError
+from gen3r_engine.memory import OutOfMemory, guard, working_gib
+from gen3r_engine.presets import PresetChoice
+from gen3r_engine.prompts import PromptCache
+from gen3r_engine.residency import Residency
+from gen3r_engine.streams import HostCopy, Streams
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the scenes of one call are sampled.
+
+    latents [N, 16, f, h, 2 w], posterior_noise [N, 16, f, h, w] : noise of all N requests, in place
+        of what their seeds give; for tests and comparisons.
+    """
+
+    schedule: Schedule
+    guidance: float
+    point_maps: bool = False
+    latents: Tensor | None = None
+    posterior_noise: Tensor | None = None
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that go through the denoising loop together.
+
+    indices : their positions in the call. report : progress of the request at a position.
+    half : it is one half of a batch that did not fit.
+    """
+
+    indices: tuple[int, ...]
+    requests: tuple[SceneRequest, ...]
+    device: torch.device
+    report: Callable[[int], Progress] | None = None
+    half: bool = False
+    run: Run = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", self.run_of(0))
+
+    def run_of(self, row: int) -> Run:
+        """Book-keeping of one scene; the batch's own goes under its first scene."""
+        report = None if self.report is None else self.report(self.indices[row])
+        return Run(self.device, report)
+
+    def halves(self) -> list[Batch]:
+        """Two batches of half the size."""
+        middle = (len(self.indices) + 1) // 2
+        return [
+            Batch(self.indices[part], self.requests[part], self.device, self.report, half=True)
+            for part in (slice(middle), slice(middle, None))
+        ]
+
+
+@dataclass
+class Encoded:
+    """What the denoising loop takes: conditions (R rows) and noise [n, 16, f, h, 2 w] float32."""
+
+    conditions: Conditions
+    noise: Tensor
+
+
+@dataclass
+class Decoded:
+    """One scene on its way to the host."""
+
+    batch: Batch
+    row: int
+    copy: HostCopy
+    run: Run  # of this scene's decoding
+
+
+class SceneStages:
+    """The stages, on one model. `streams` says what runs apart; `failing` names errors."""
+
+    def __init__(
+        self,
+        pipeline: Gen3RPipeline,
+        residency: Residency,
+        prompts: PromptCache,
+        denoiser: Denoiser,
+        device: torch.device,
+        choice: PresetChoice,
+    ) -> None:
+        self.choice = choice
+        self.weights_gib = residency.weights_gib()  # for the text of an error
+        self.pipeline, self.residency, self.prompts = pipeline, residency, prompts
+        self.denoiser, self.device = denoiser, device
+        self.streams = Streams(device, apart=False)
+        # Held by what talks to the GPU beside the loop, and by a loop that compiles and captures:
+        # compiling is not made for company, and nothing of others may end up in a capture.
+        self._quiet = threading.Lock()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.dtype
+
+    # ------------------------------------------------------------------------------------- encode
+
+    @torch.no_grad()
+    def encode(self, batch: Batch, sampling: Sampling) -> Encoded:
+        """Text, views, cameras and noise of a batch."""
+        with self._beside("encode text", batch.indices, batch.requests[0]):
+            texts = self._texts(batch, sampling.guided)
+        with self._beside("encode views", batch.indices, batch.requests[0]):
+            return self._views(batch, sampling, texts)
+
+    def _texts(self, batch: Batch, guided: bool) -> list[Tensor]:
+        """Text features per row. Each text is encoded alone, so that its features depend on no
+        other."""
+        rows = text_rows(batch.requests, guided)
+        found = {text: self.prompts.get(text) for text in dict.fromkeys(rows)}
+        missing = [text for text, features in found.items() if features is None]
+        with batch.run.stage("encode text", len(found)) as tick:
+            if missing:
+                limit = self.pipeline.config.transformer.text_len
+                with self.residency.use("text_encoder") as encoder:
+                    for done, text in enumerate(missing, start=len(found) - len(missing)):
+                        tick(done)
+                        (features,) = tokenize_and_encode(
+                            self.pipeline.tokenizer, encoder, [text], limit
+                        )
+                        self.prompts.put(text, features)
+                        found[text] = features
+        features_of = {t: f.to(self.device) for t, f in found.items() if f is not None}
+        return [features_of[text] for text in rows]
+
+    def _views(self, batch: Batch, sampling: Sampling, texts: list[Tensor]) -> Encoded:
+        requests, transformer = batch.requests, self.pipeline.transformer
+        noise, draws = draw_noise(
+            requests,
+            None,
+            _rows(sampling.latents, batch.indices),
+            _rows(sampling.posterior_noise, batch.indices),
+            self.pipeline.config.transformer.out_dim,
+            self.device,
+            self.dtype,
+        )
+        videos, packed = [], []
+        with batch.run.stage("encode views", len(requests)) as tick:
+            for index, request in enumerate(requests):
+                tick(index)
+                with self._vggt_for(request) as vggt:
+                    video, cameras = prepare_request(request, vggt, self.device, self.dtype)
+                videos.append(video)
+                packed.append(cameras)
+            clips = torch.stack(videos)
+            with self.residency.use("clip_image_encoder") as clip:
+                image = stages.embed_views(clip, clips[:, :, 0])
+            with self.residency.use("wan_vae") as vae:
+                tasks = [r.task or "" for r in requests]
+                control = stages.encode_control(vae, clips, tasks, draws)
+            conditions = join_conditions(transformer, texts, image, control, torch.cat(packed))
+        return Encoded(conditions, noise)
+
+    @contextmanager
+    def _vggt_for(self, request: SceneRequest) -> Iterator[Any]:
+        if not stages.needs_vggt(request):
+            yield self.pipeline.vggt
+            return
+        with self.residency.use("vggt") as vggt:
+            yield vggt
+
+    # ------------------------------------------------------------------------------------ denoise
+
+    def denoise(
+        self, batch: Batch, encoded: Encoded, sampling: Sampling, cancelled: Stop
+    ) -> Tensor:  # [n, 16, f, h, 2 w] float32
+        """The denoising loop of a batch. Raises `Cancelled` when `cancelled` says so."""
+        schedule, progress = sampling.schedule, batch.run.progress
+        with self.watch("denoise", batch.indices, batch.requests[0]), self.streams.denoising():
+            self._compile(batch, encoded, schedule)
+            with batch.run.stage("denoise", len(schedule)) as tick:
+
+                def on_step(index: int, timestep: float, latents: Tensor) -> None:
+                    tick(index + 1)
+
+                joint = self.denoiser.run(
+                    encoded.conditions,
+                    encoded.noise,
+                    schedule,
+                    sampling.guidance,
+                    None if progress is None else on_step,
+                    cancelled,
+                )
+                # The conditions go when this returns: nothing may still read them.
+                self.streams.wait()
+        return joint
+
+    def _compile(self, batch: Batch, encoded: Encoded, schedule: Schedule) -> None:
+        """Compile and capture where the loop does not know the shape, while nothing else runs."""
+        new = not self.denoiser.knows(encoded.conditions, encoded.noise, schedule)
+        if new and (self.denoiser.compiled or self.denoiser.captured):
+            with self._quiet, batch.run.stage("compile", 1):
+                self.denoiser.prepare(encoded.conditions, encoded.noise, schedule)
+
+    # ------------------------------------------------------------------------------------- decode
+
+    @torch.no_grad()
+    def decode(self, batch: Batch, row: int, joint: Tensor, sampling: Sampling) -> Decoded:
+        """Scene `row` of a batch from the joint latents, on its way to the host."""
+        request, indices = batch.requests[row], (batch.indices[row],)
+        height, width = request.height, request.width
+        run = batch.run_of(row)
+        appearance, geometry = stages.split_latents(joint[row : row + 1], height, width)
+        with (
+            self._beside("decode appearance", indices, request),
+            run.stage("decode appearance", 1),
+            self.residency.use("wan_vae") as vae,
+        ):
+            pixels = to_bytes(stages.decode_appearance(vae, appearance)[0])
+        with (
+            self._beside("decode geometry", indices, request),
+            run.stage("decode geometry", 1),
+            self.residency.use("geo_adapter", "vggt") as (adapter, vggt),
+        ):
+            g = stages.decode_geometry(
+                adapter, vggt, geometry, height, width, point_maps=sampling.point_maps
+            )
+            copy = self.streams.to_host(scene_tensors(pixels, g))
+        return Decoded(batch, row, copy, run)
+
+    def finish(self, decoded: Decoded) -> Scene:
+        """The scene on the host; for a worker thread, which may wait here."""
+        batch, row = decoded.batch, decoded.row
+        with failing((batch.indices[row],), "copy to the host"):
+            with self._quiet:
+                decoded.copy.wait()
+            arrays: dict[str, Any] = decoded.copy.result()
+        scene = Scene(**arrays)
+        scene.info.update(
+            scene_facts(batch.requests[row], self.dtype, self.device, decoded.run),
+            seconds={**batch.run.seconds, **decoded.run.seconds},
+            index=batch.indices[row],
+            batch=len(batch.indices),
+        )
+        return scene
+
+    @contextmanager
+    def watch(self, stage: str, indices: tuple[int, ...], request: SceneRequest) -> Iterator[None]:
+        """Errors name stage and scene; out of memory names the need and what fits."""
+        shape = request.num_frames, request.height, request.width
+        needed = working_gib(stage, *shape, len(indices), self.choice.dtype) + self.weights_gib
+        budget, tier = self.choice.budget_gib, self.choice.residency
+        with (
+            failing(indices, stage),  # outside: `guard` makes the error it notes the request on
+            guard(stage, needed, tier, batch=len(indices), budget_gib=budget),
+        ):
+            yield
+
+    @contextmanager
+    def _beside(
+        self, stage: str, indices: tuple[int, ...], request: SceneRequest
+    ) -> Iterator[None]:
+        with self.watch(stage, indices, request), self._quiet, self.streams.beside():
+            yield
+            self.streams.wait()
+
+
+@contextmanager
+def failing(indices: tuple[int, ...], stage: str) -> Iterator[None]:
+    """Errors inside become a `SceneError`; memory, cancelling and Ctrl-C stay what they are."""
+    try:
+        yield
+    except (OutOfMemory, torch.cuda.OutOfMemoryError) as error:
+        error.add_note(f"while working on request {', '.join(map(str, indices))}")
+        raise
+    except (Cancelled, SceneError):
+        raise
+    except Exception as error:
+        raise SceneError(indices, stage, error) from error
+
+
+def _rows(tensor: Tensor | None, indices: Sequence[int]) -> Tensor | None:
+    return None if tensor is None else tensor[list(indices)]
