@@ -21,6 +21,11 @@ SUITES = {
     "pipeline": "benchmarks.pipeline",
     "loading": "benchmarks.loading",
     "cpu": "benchmarks.cpu",
+    "step": "benchmarks.engine.step",
+    "fidelity": "benchmarks.engine.fidelity",
+    "e2e": "benchmarks.engine.e2e",
+    "memory": "benchmarks.engine.memory",
+    "startup": "benchmarks.engine.startup",
 }
 
 
@@ -31,7 +36,7 @@ def run_suite(name: str, argv: Sequence[str]) -> int:
 
 
 def report(paths: Sequence[Path], folder: Path) -> int:
-    """Print the table of the rows and write it with the roofline plot into `folder`.
+    """Print the tables of the rows and write them with the pictures into `folder`.
 
     Raises
     ------

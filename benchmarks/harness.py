@@ -27,9 +27,16 @@ KEYS = (
     *("share_of_ceiling", "rel_error", "gpu", "capability", "driver", "torch", "triton"),
     *("commit", "utc", "config"),
 )
-UNITS = {"time": ("ms", "s"), "tflops": ("TFLOP/s",), "gbps": ("GB/s",), "memory": ("GiB",)}
-LOWER_IS_BETTER = frozenset({"time", "memory"})
-COMPILE = {"phase": "compile"}  # the config of rows that hold compile time
+UNITS = {
+    "time": ("ms", "s"),
+    "tflops": ("TFLOP/s",),
+    "gbps": ("GB/s",),
+    "memory": ("GiB",),
+    "energy": ("J",),
+    "latent_error": ("1",),
+}
+LOWER_IS_BETTER = frozenset({"time", "memory", "energy", "latent_error"})
+COMPILE: dict[str, Any] = {"phase": "compile"}  # the config of rows that hold compile time
 LIBRARIES = ("transformers", "diffusers", "safetensors", "numpy", "fa3-fwd", "flash-attn")
 
 Row = dict[str, Any]  # a line of a results file: KEYS

@@ -1,4 +1,4 @@
-"""A markdown table and a roofline plot from any set of rows.
+"""Markdown tables and pictures (roofline, stages, fidelity) from any set of rows.
 
 gen3r-engine bench --report                                  # all of benchmarks/results
 gen3r-engine bench --report benchmarks/results/GPU/kernels.jsonl --out outputs/report
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import figures
 from benchmarks.harness import BadInput, Row, phase, slug
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 HEADER = (
     *("case", "shape", "dtype", "provider", "time, ms (p20 to p80)", "rate", "of ceiling"),
-    *("speed-up on eager", "error", "peak GiB", "first call, s"),
+    *("speed-up on eager", "error", "peak GiB", "energy, J", "first call, s"),
 )
+MILLISECONDS = {"ms": 1.0, "s": 1000.0}
 MEMORY_BOUND = 50.0  # operations per byte; norms have at most 10, products hundreds
 # Ten colours and twelve markers: no two providers share both.
 MARKERS = "osD^vP*X<>hd"
@@ -52,7 +54,7 @@ class Line:
     def seconds(self) -> float:
         """Median seconds of the call; NaN without a time."""
         row = self.rows.get("time")
-        return row["p50"] * {"ms": 1e-3, "s": 1.0}[row["unit"]] if row else math.nan
+        return row["p50"] * MILLISECONDS[row["unit"]] / 1000 if row else math.nan
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
@@ -69,20 +71,23 @@ def _cells(line: Line, eager_seconds: float) -> list[str]:
     def value(kind: str, text: str = "{:,.4g}") -> str:
         return text.format(line.rows[kind]["p50"]) if kind in line.rows else ""
 
-    time = line.rows.get("time")
-    spread = f" ({time['p20']:,.4g} to {time['p80']:,.4g})" if time else ""
+    time, text = line.rows.get("time"), ""
+    if time:
+        low, middle, high = (time[p] * MILLISECONDS[time["unit"]] for p in ("p20", "p50", "p80"))
+        text = f"{middle:,.4g} ({low:,.4g} to {high:,.4g})"
     rates = [line.rows[m] for m in ("tflops", "gbps") if m in line.rows]
     shares = [f"{r['share_of_ceiling']:.0%}" for r in rates if r["share_of_ceiling"] is not None]
     error = next(iter(line.rows.values()))["rel_error"]
     ratio = eager_seconds / line.seconds
     return [
         *(line.case, line.shape, line.dtype, line.provider),
-        value("time") + spread,
+        text,
         ", ".join(f"{r['p50']:,.4g} {r['unit']}" for r in rates),
         ", ".join(shares),
         "" if math.isnan(ratio) else f"{ratio:.3g}",
         "" if error is None else f"{error:.2g}",
         value("memory"),
+        value("energy"),
         value("compile"),
     ]
 
@@ -121,7 +126,8 @@ def _made_with(rows: Sequence[Row]) -> str:
 
 
 def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """report.md and, per GPU with kernel rows, roofline-<gpu>.png; returns the files.
+    """report.md and, per GPU, roofline-, stages- and fidelity-<gpu>.png where rows are there for
+    them; returns the files.
 
     Raises
     ------
@@ -131,10 +137,13 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     text, written = markdown(rows), [folder / "report.md"]
     for gpu in dict.fromkeys(row["gpu"] for row in rows):
         own = [row for row in rows if row["gpu"] == gpu]
-        path = folder / f"roofline-{slug(gpu)}.png"
-        if plot_roofline(own, path):
-            written.append(path)
-            text += f"\n![Roofline of {gpu}]({path.name})\n"
+        tables = [t for t in (figures.stage_table(own), figures.fidelity_table(own)) if t]
+        text += "\n".join(["", f"## {gpu}: scenes and fidelity", "", *tables]) if tables else ""
+        for name, plot in PICTURES.items():
+            path = folder / f"{name}-{slug(gpu)}.png"
+            if plot(own, path):
+                written.append(path)
+                text += f"\n![{name.capitalize()} of {gpu}]({path.name})\n"
     written[0].write_text(text, encoding="utf-8")
     return written
 
@@ -233,3 +242,10 @@ def _draw_points(axes: Axes, lines: Sequence[Line], colors: Mapping[str, int]) -
 def _share(line: Line) -> str:
     shares = [r["share_of_ceiling"] for r in line.rows.values() if r["share_of_ceiling"]]
     return f", {max(shares):.0%}" if shares else ""
+
+
+PICTURES = {  # name of the file, and what draws it from the rows of one GPU
+    "roofline": plot_roofline,
+    "stages": figures.plot_stages,
+    "fidelity": figures.plot_fidelity,
+}

@@ -25,6 +25,7 @@ from gen3r_kernels.backends import ATTENTION_BACKENDS, FA3_MODULES, Backends, ch
 
 HOPPER = (9, 0)
 HALF = (torch.bfloat16, torch.float16)
+MOST_SCORES = 2**30  # numbers of a score matrix that the reference writes out at once
 
 
 def attention_reference(
@@ -32,11 +33,20 @@ def attention_reference(
     k: Tensor,  # [B, Sk, H, D]
     v: Tensor,  # [B, Sk, H, D]
 ) -> Tensor:  # [B, Sq, H, D] float32 (float64 for float64 inputs)
-    """The definition, with the score matrix written out; memory B * H * Sq * Sk."""
+    """The definition, with the score matrix written out; head by head where it would be large.
+
+    Memory: three times B H Sq Sk numbers, or three times Sq Sk where the former exceed 2^30.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
-    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
-    return (weights @ v).transpose(1, 2)
+    q = q * q.shape[-1] ** -0.5
+    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= MOST_SCORES:
+        return (torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v).transpose(1, 2)
+    heads = [
+        torch.softmax(one_q @ one_k.transpose(-1, -2), dim=-1) @ one_v
+        for one_q, one_k, one_v in zip(*(x.flatten(0, 1) for x in (q, k, v)), strict=True)
+    ]
+    return torch.stack(heads).unflatten(0, q.shape[:2]).transpose(1, 2)
 
 
 def kernel_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gen3r_kernels import attention_backward, attention_triton, backends
-from gen3r_kernels.attention import attention, kernel_for
+from gen3r_kernels.attention import attention, attention_reference, kernel_for
 from gen3r_kernels.attention_table import TABLE, measured_order
 from gen3r_kernels.backends import ATTENTION_BACKENDS, Backends, choose, explain
 from gen3r_kernels.cross_attention import cross_attention
@@ -161,3 +162,12 @@ def test_lengths_change_nothing_on_the_cpu() -> None:
     plain = cross_attention(q, *keys, Backends())
     given = cross_attention(q, *keys, Backends(), text_lengths=lengths)
     assert torch.equal(plain, given)
+
+
+def test_the_reference_writes_large_score_matrices_head_by_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.float64) for n in (5, 7, 7))
+    whole = attention_reference(q, k, v)
+    monkeypatch.setattr(importlib.import_module("gen3r_kernels.attention"), "MOST_SCORES", 10)
+    assert torch.allclose(attention_reference(q, k, v), whole, rtol=1e-14, atol=1e-14)

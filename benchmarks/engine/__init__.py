@@ -1,0 +1,1 @@
+"""Suites of the runtime: the denoising step, whole scenes, memory, start-up, fidelity."""
