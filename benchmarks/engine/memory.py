@@ -25,13 +25,6 @@ def measure(provider: Provider, options: Options, rows: Rows) -> None:
     """All rows of a provider."""
     with loaded(provider, options) as runner:
         found = solo(runner, options, options.steps)
-    if found.peak_gib is not None:
-        rows.add(
-            *("peak_memory", provider.name, "memory", "GiB", [found.peak_gib]),
-            reserved_gib=found.reserved_gib,
-            residency=provider.residency,
-            steps=options.steps,
-        )
     solo_rows(rows, provider, found, options.steps)
 
 

@@ -146,7 +146,14 @@ def timed(runner: Runner, request: SceneRequest, steps: int) -> tuple[Scene, flo
 
 
 def solo_rows(rows: Rows, provider: Provider, found: Solo, steps: int) -> None:
-    """Stages, step and first call of a solo scene."""
+    """Peak memory, stages, step and first call of a solo scene."""
+    if found.peak_gib is not None:
+        rows.add(
+            *("peak_memory", provider.name, "memory", "GiB", [found.peak_gib]),
+            reserved_gib=found.reserved_gib,
+            residency=provider.residency,
+            steps=steps,
+        )
     config: dict[str, Any] = {"steps": steps, "scenes": 1}
     for stage, seconds in found.stages.items():
         case = f"scene_{stage.replace(' ', '_')}"
