@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,10 @@ def environment() -> dict[str, str]:
 def process(
     *arguments: str, cwd: Path, starter: Callable[..., Any] = subprocess.run, **settings: Any
 ) -> Any:
-    """`gen3r-engine` as a process of its own."""
+    """`gen3r-engine` as a process of its own, which Ctrl-C reaches.
+
+    A shell starts background jobs with SIGINT ignored, and their children inherit that.
+    """
     command = [sys.executable, "-m", "gen3r_engine.cli", *arguments]
+    settings |= {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
     return starter(command, cwd=cwd, env=environment(), text=True, **settings)
