@@ -40,7 +40,7 @@ WORKING: dict[str, Working] = {
     "encode views": Working(0.1, 4.2),
     "denoise": Working(3.5, 0.3),
     "decode appearance": Working(0.0, 4.7),
-    "decode geometry": Working(0.0, 4.5),
+    "decode geometry": Working(0.0, 5.0),
 }
 BESIDE = ("encode views", "decode appearance", "decode geometry")  # beside another's denoising
 

@@ -54,7 +54,7 @@ def test_what_fits_no_tier_at_all_names_stage_need_and_tier() -> None:
     config = EngineConfig(residency="resident")
     with pytest.raises(ValueError, match="need about") as error:
         plan_batches([request()], config, 17.8, 23.0)
-    for part in ("49 frames of 560 x 560", "17.8 GiB of weights", "decode appearance", "'24gb'"):
+    for part in ("49 frames of 560 x 560", "17.8 GiB of weights", "decode geometry", "'24gb'"):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="fewer frames"):
         plan_batches([request()], EngineConfig(residency="12gb", overlap=False), 6.0, 7.0)
