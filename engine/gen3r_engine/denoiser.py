@@ -27,6 +27,7 @@ from torch import Tensor
 from gen3r.schedulers import Schedule
 from gen3r.transformer import Conditions, StepConstants, WanTransformer
 from gen3r.transformer_blocks import KeysValues
+from gen3r_engine.clock import StepClock
 from gen3r_kernels import EulerStep, MultistepStep, guidance_step
 from gen3r_kernels.guidance_step import coefficient_table
 
@@ -262,7 +263,7 @@ class Denoiser:
         cancelled: Callable[[], bool],
     ) -> None:
         latents, waiting = plan.buffers["latents"], []
-        clock = _Clock(self.device)
+        clock = StepClock(self.device)
         with _no_recompilation(self.captured):
             for index, step in enumerate(schedule.steps):
                 if cancelled():
@@ -288,37 +289,6 @@ class Denoiser:
     ) -> None:
         if on_step is not None and latents is not None:
             on_step(index, schedule.timesteps[index], latents)
-
-
-class _Clock:
-    """CUDA events around every step; counts nothing on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        if not self.cuda:
-            yield
-            return
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        yield
-        end.record()
-        self.events.append((start, end))
-
-    def wait(self, index: int) -> None:
-        if self.cuda:
-            self.events[index][1].synchronize()
-
-    def finish(self) -> tuple[list[float], list[float]]:
-        """Wait for the last step; milliseconds of every step, and between neighbours."""
-        if self.events:
-            self.events[-1][1].synchronize()
-        times = [start.elapsed_time(end) for start, end in self.events]
-        pairs = zip(self.events, self.events[1:], strict=False)
-        return times, [before[1].elapsed_time(after[0]) for before, after in pairs]
 
 
 @contextmanager
