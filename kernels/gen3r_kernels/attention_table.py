@@ -2,7 +2,8 @@
 
 A row holds for sequences of at least `min_length` queries and keys and for head sizes up to
 `max_head_dim`; the first row that fits counts. TFLOP/s are medians in bfloat16 at the shape given,
-4 * B * H * Sq * Sk * D operations a call. A GPU without rows takes ``sdpa``.
+4 * B * H * Sq * Sk * D operations a call. A GPU without rows takes those of the GPU that
+`ARCHITECTURES` names for its compute capability, else ``sdpa``.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
     ),
 }
+
+
+# Compute capability times ten to the GPU whose order also serves others of that architecture: H200
+# and H20 run the same kernels, with another memory and another number of processors.
+ARCHITECTURES: dict[int, str] = {90: "NVIDIA H100"}
 
 
 def measured_order(gpu: str, length: int, head_dim: int) -> Row | None:

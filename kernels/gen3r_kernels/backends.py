@@ -4,10 +4,10 @@ A backend is a library or kernel that computes softmax(q k^T / sqrt(D)) v. Each 
 needs (device, compute capability, dtypes, head sizes, backward) and can be asked whether it is
 there; asking for one that is not there raises and says how to install it or what to use.
 
-The name ``auto`` stands for the fastest backend of the table measured on this GPU
-(``attention_table``) that can take the tensors, and for ``sdpa`` on the CPU, on a GPU without a
-table and on short sequences. It never stands for an 8-bit backend, whose results differ. What it
-takes, and why faster ones were passed over, `choose` and `explain` tell.
+The name ``auto`` stands for the fastest backend of the table measured on this GPU, or on one of its
+architecture (``attention_table``), that can take the tensors, and for ``sdpa`` on the CPU, on a GPU
+without a table and on short sequences. It never stands for an 8-bit backend, whose results differ.
+What it takes, and why faster ones were passed over, `choose` and `explain` tell.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gen3r_kernels.attention_table import measured_order
+from gen3r_kernels.attention_table import ARCHITECTURES, measured_order
 
 _HALF = (torch.float16, torch.bfloat16)
 _ALL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -267,7 +267,13 @@ def choose(
         return Choice(sdpa, "speeds are measured in half precision", ())
     gpu = _gpu_name(q.device.index or 0)
     length = min(q.shape[1], k.shape[1])
-    row = measured_order(gpu, length, q.shape[-1])
+    row, place = measured_order(gpu, length, q.shape[-1]), gpu
+    if row is None:
+        capability = _capability()
+        # As a number: see `why_not`.
+        twin = ARCHITECTURES.get(10 * capability[0] + capability[1])
+        if twin is not None:
+            row, place = measured_order(twin, length, q.shape[-1]), f"{twin}, the same architecture"
     if row is None:
         return Choice(sdpa, f"nothing is measured on {gpu} at this length and head size", ())
     passed: list[tuple[str, str]] = []
@@ -276,7 +282,7 @@ def choose(
         reason = None if backend.exact else "its results differ"
         reason = reason or backend.refusal(q, k, v)
         if reason is None:
-            source = f"{tflops:.0f} TFLOP/s measured on {gpu} at {row.shape}"
+            source = f"{tflops:.0f} TFLOP/s measured on {place} at {row.shape}"
             return Choice(backend, source, tuple(passed))
         passed.append((f"{name} ({tflops:.0f} TFLOP/s)", reason))
     return Choice(sdpa, f"no backend measured on {gpu} takes these tensors", tuple(passed))

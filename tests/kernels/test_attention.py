@@ -84,6 +84,16 @@ def test_auto_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("passed over fa3" in line and "gen3r-engine[fa3]" in line for line in lines)
 
 
+def test_auto_takes_the_order_of_the_same_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_gpu_name", lambda index: "NVIDIA H20")
+    monkeypatch.setattr(backends, "_first_installed", lambda modules: modules[0])
+    x = OnGpu(31_850, torch.bfloat16, False)
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
+    assert "on NVIDIA H100, the same architecture" in explain(x)[0]  # type: ignore[arg-type]
+    monkeypatch.setattr(backends, "_capability", lambda: (8, 0))
+    assert chosen(31_850) == ["sdpa"]
+
+
 def test_auto_on_the_cpu_is_sdpa() -> None:
     q = torch.zeros(1, 8192, 1, 128, dtype=torch.bfloat16)
     assert explain(q) == ["auto takes sdpa: nothing is measured off CUDA GPUs"]
