@@ -34,7 +34,7 @@ from gen3r_engine.memory import OutOfMemory, plan_batches
 from gen3r_engine.prompts import PromptCache, prompt_fingerprint
 from gen3r_engine.scene_stages import Batch, Sampling, SceneStages
 from gen3r_engine.streams import Streams
-from gen3r_engine.warming import Warmth, run_once
+from gen3r_engine.warming import Warmth, rehearse, run_once
 
 __all__ = ["Cancelled", "Engine", "Event", "OutOfMemory", "SceneError"]
 
@@ -193,14 +193,16 @@ class Engine:
         size: int | tuple[int, int] | None = None,
         batch: int | None = None,
     ) -> dict[str, float]:
-        """Compile and capture the denoising step of a shape and note it in the cache's manifest.
+        """Compile what a scene of a shape runs: the denoising step, captured, and the other stages
+        but for the text's. It is noted in the cache's manifest.
 
         Parameters
         ----------
         frames, size, batch : None takes the model's own frames and size (pixels, or height and
             width) and the config's largest batch.
 
-        Returns seconds: ``first``, with compiling and capturing, and ``step``, one step after that.
+        Returns seconds: ``first``, with compiling and capturing, ``step``, one step after that, and
+        ``stages``, the encoding and decoding of a made-up scene.
 
         Raises
         ------
@@ -225,6 +227,10 @@ class Engine:
         watched = self.stages.watch("denoise", tuple(range(batch)), request)
         with self._at_work(), watched, self.stages.streams.denoising():
             seconds = run_once(self.pipeline, self.denoiser, shape)
+        with self._at_work():
+            if self.choice.residency == "12gb":
+                self.denoiser.release()
+            seconds["stages"] = rehearse(self.stages, frames, height, width)
         self.warmth.done(shape, seconds)
         return seconds
 

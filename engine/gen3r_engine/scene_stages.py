@@ -144,8 +144,7 @@ class SceneStages:
         """Text, views, cameras and noise of a batch."""
         with self._beside("encode text", batch.indices, batch.requests[0]):
             texts = self._texts(batch, sampling.guided)
-        with self._beside("encode views", batch.indices, batch.requests[0]):
-            return self._views(batch, sampling, texts)
+        return self.views(batch, sampling, texts)
 
     def _texts(self, batch: Batch, guided: bool) -> list[Tensor]:
         """Text features per row. Each text is encoded alone, so that its features depend on no
@@ -166,6 +165,17 @@ class SceneStages:
                         found[text] = features
         features_of = {t: f.to(self.device) for t, f in found.items() if f is not None}
         return [features_of[text] for text in rows]
+
+    @torch.no_grad()
+    def views(
+        self,
+        batch: Batch,
+        sampling: Sampling,
+        texts: list[Tensor],  # [n_i, text_dim] per row
+    ) -> Encoded:
+        """Views, cameras and noise of a batch whose text is encoded."""
+        with self._beside("encode views", batch.indices, batch.requests[0]):
+            return self._views(batch, sampling, texts)
 
     def _views(self, batch: Batch, sampling: Sampling, texts: list[Tensor]) -> Encoded:
         requests, transformer = batch.requests, self.pipeline.transformer

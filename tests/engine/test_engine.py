@@ -222,8 +222,8 @@ def test_refusals() -> None:
 
 
 def test_warm_up() -> None:
-    assert set(engine(max_batch=2).warm_up(5, 56)) == {"first", "step"}
-    assert set(engine().warm_up(9, (56, 112), 1)) == {"first", "step"}
+    assert set(engine(max_batch=2).warm_up(5, 56)) == {"first", "step", "stages"}
+    assert set(engine().warm_up(9, (56, 112), 1)) == {"first", "step", "stages"}
     with pytest.raises(ValueError, match="batch 3 is not within 1 to max_batch 2"):
         engine(max_batch=2).warm_up(5, 56, 3)
     with pytest.raises(ValueError, match="use 5 or 9"):

@@ -1,4 +1,4 @@
-"""Compile the denoising step ahead of time, so that the first scene of a later run does not wait.
+"""Compile ahead of time what a scene runs, so that the first one of a later run does not wait.
 
   gen3r-engine warmup --pretrained_model_name_or_path checkpoints/gen3r --preset exact
   gen3r-engine warmup --preset fp8 --frames 49 --size 560 --batch 2
@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"shape:   {frames} frames of {pixels[0]} x {pixels[1]}, {args.batch} at once")
     print(f"load:    {loaded:.1f} s")
     print(f"step:    {seconds['first']:.1f} s the first time, then {seconds['step']:.2f} s")
+    print(f"stages:  {seconds['stages']:.1f} s for encoding and decoding, the first time")
     if state == "none":
         print("cache:   nothing is compiled here")
     else:
