@@ -241,7 +241,7 @@ class Engine:
             stop.set()
 
     def close(self) -> None:
-        """Free the graph, its buffers and what the memory tier holds on the GPU.
+        """Free the captured step and its buffers; the weights go with the engine itself.
 
         Raises
         ------
@@ -249,7 +249,6 @@ class Engine:
         """
         with self._at_work():
             self.denoiser.release()
-            self.model.residency.release_all()
 
     def _plan(self, requests: list[SceneRequest]) -> list[list[SceneRequest]]:
         return plan_batches(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from gen3r.run import Progress
 
-KINDS = ("progress", "finished", "failed", "cancelled")
-
 
 @dataclass(frozen=True)
 class Event:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,22 +66,6 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.facts.device
-
-    def prefetch_text_encoder(self) -> threading.Thread:
-        """Load the text encoder on a thread of its own, beside what goes on.
-
-        An error there comes up again, from the same cause, when the encoder is used.
-        """
-
-        def work() -> None:
-            try:
-                self.residency.prepare(LAZY)
-            except Exception:
-                return  # nothing was kept: the next use tries again and raises
-
-        thread = threading.Thread(target=work, name="load text encoder", daemon=True)
-        thread.start()
-        return thread
 
 
 def load_pipeline(

@@ -39,7 +39,7 @@ TOGETHER = (("text_encoder",), ("clip_image_encoder",), ("wan_vae",), ("geo_adap
 
 
 class LazyModule:
-    """A module that is made when it is first used, or before that by `prefetch`.
+    """A module that is made when it is first used.
 
     It answers to calls and attributes as the module itself, so it may stand where a module is
     expected. `size`: bytes that it will have.
@@ -62,19 +62,6 @@ class LazyModule:
             if self._module is None:
                 self._module = self._make()
             return self._module
-
-    def prefetch(self) -> threading.Thread:
-        """Make the module on another thread. An error there comes up again in `get`."""
-
-        def work() -> None:
-            try:
-                self.get()
-            except Exception:
-                return  # nothing was kept: `get` tries again and raises
-
-        thread = threading.Thread(target=work, name="prefetch module", daemon=True)
-        thread.start()
-        return thread
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.get()(*args, **kwargs)
@@ -139,24 +126,6 @@ class Residency:
             return
         with ExitStack() as stack:
             yield tuple(stack.enter_context(self._visit(name)) for name in names)
-
-    def prefetch(self, *names: str) -> None:
-        """Start bringing modules to the GPU for the next `use`."""
-        for name in names:
-            if self.visits(name):
-                self._visitor(name).prefetch()
-
-    def prepare(self, name: str) -> None:
-        """Load a lazy module and lay it out for its visits, now instead of at its first use."""
-        if self.visits(name):
-            self._visitor(name)
-        else:
-            self._module(name)
-
-    def release_all(self) -> None:
-        """Send away what nobody is using, prefetched modules too."""
-        for visitor in list(self._visitors.values()):
-            visitor.release()
 
     def weights_gib(self) -> float:
         """GiB of weights on the GPU at most: those that stay and the largest set of visitors.

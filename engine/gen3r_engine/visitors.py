@@ -31,11 +31,6 @@ class WholeVisitor:
         """Bytes on the device during a visit."""
         return self._pack.size
 
-    def prefetch(self) -> None:
-        """Start the copy, so that `visit` finds the module there."""
-        with self._lock:
-            self._fetch()
-
     @contextmanager
     def visit(self) -> Iterator[nn.Module]:
         """The module on the device. Users on several threads and streams share one copy."""
@@ -50,12 +45,6 @@ class WholeVisitor:
                 self._users -= 1
                 if self._users == 0:
                     self._leave()
-
-    def release(self) -> None:
-        """Leave the device, unless someone is using the module."""
-        with self._lock:
-            if self._users == 0:
-                self._leave()
 
     def _fetch(self) -> tuple[Tensor, object]:
         if self._here is None:
@@ -108,9 +97,6 @@ class StreamedVisitor:
         """Bytes on the device during a visit."""
         return self._rest.size + SLOTS * max((pack.size for pack in self._packs), default=0)
 
-    def prefetch(self) -> None:
-        """Nothing: the first block is all that could come early."""
-
     @contextmanager
     def visit(self) -> Iterator[nn.Module]:
         """The module, ready to be called with inputs on any device. One user at a time."""
@@ -123,9 +109,6 @@ class StreamedVisitor:
                 for hook in hooks:
                     hook.remove()
                 self._leave()
-
-    def release(self) -> None:
-        """Nothing: between visits nothing is on the device."""
 
     def _arrive(self, hooks: list[Any]) -> None:
         largest = max((pack.size for pack in self._packs), default=0)

@@ -77,9 +77,6 @@ def test_bf16_and_the_embedded_model(saved: Path) -> None:
 
 def test_lazy_text_encoder_serves_the_plain_pipeline(saved: Path) -> None:
     model = load_pipeline(saved)
-    thread = model.prefetch_text_encoder()
-    thread.join()
-    assert lazy(model).loaded
     ids = torch.tensor([[3, 5, 1]])
     expected = build_nano().text_encoder(input_ids=ids).last_hidden_state
     found = model.pipeline.text_encoder(input_ids=ids).last_hidden_state
@@ -124,7 +121,6 @@ def test_a_text_encoder_that_fails_is_tried_again(
         raise CheckpointError("text_encoder ends after 10 bytes")
 
     monkeypatch.setattr(loading, "fill_component", fail)
-    model.prefetch_text_encoder().join()
     with pytest.raises(CheckpointError, match="ends after"), model.residency.use("text_encoder"):
         pass
     monkeypatch.setattr(loading, "fill_component", real)

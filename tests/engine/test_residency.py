@@ -180,21 +180,6 @@ def test_whole_visitor_leaves_after_an_error() -> None:
     assert toy.shared.weight.data_ptr() == home
 
 
-def test_prefetched_weights_are_copied_once() -> None:
-    toy, transfer = Toy(), Watched()
-    expected = toy(IDS)
-    visitor = WholeVisitor(toy, transfer)
-    visitor.prefetch()
-    with visitor.visit() as module:
-        assert torch.equal(module(IDS), expected)
-    assert transfer.made == 1
-    visitor.prefetch()
-    visitor.release()  # nobody came
-    with visitor.visit() as module:
-        visitor.release()  # someone is there: nothing happens
-        assert torch.equal(module(IDS), expected)
-
-
 def test_two_users_share_one_copy() -> None:
     toy, transfer = Toy(), Watched()
     expected = toy(IDS)
@@ -274,8 +259,6 @@ def test_on_a_cpu_every_tier_does_nothing(nano: Gen3RPipeline) -> None:
         homes = {n: next(m.parameters()).data_ptr() for n, m in parts(nano).items()}
         with residency.use("text_encoder") as text, residency.use("geo_adapter", "vggt") as pair:
             assert text is nano.text_encoder and pair == (nano.geo_adapter, nano.vggt)
-        residency.prefetch(*MODULES)
-        residency.release_all()
         assert homes == {n: next(m.parameters()).data_ptr() for n, m in parts(nano).items()}
 
 
@@ -317,7 +300,6 @@ def test_lazy_module_is_made_once_and_stands_in() -> None:
     lazy = LazyModule(make, size=3 * 2**30)
     residency = Residency({"text_encoder": lazy, "other": nn.Identity()}, "resident", CPU)
     assert not lazy.loaded and residency.weights_gib() == 3
-    lazy.prefetch().join()
     with residency.use("text_encoder") as module:
         assert module is made[0]
     assert torch.equal(lazy(IDS), made[0](IDS)) and lazy.shared is made[0].shared
@@ -329,20 +311,11 @@ def test_lazy_module_that_can_not_be_made_says_so_at_every_use() -> None:
         raise OSError("the disk is gone")
 
     lazy = LazyModule(fail)
-    lazy.prefetch().join()
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
             lazy.get()
     with pytest.raises(AttributeError):
         lazy.__deepcopy__  # noqa: B018
-
-
-def test_prepare_lays_out_a_visitor() -> None:
-    toy = Toy()
-    residency = Residency({"text_encoder": LazyModule(lambda: toy)}, "24gb", CPU, Watched())
-    home = toy.encoder.block[0].weight.data_ptr()
-    residency.prepare("text_encoder")
-    assert toy.encoder.block[0].weight.data_ptr() != home
 
 
 def test_channels_last_weights_stay_so() -> None:
