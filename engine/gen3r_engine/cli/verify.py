@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gen3r.folders import check_writable
 from gen3r_engine.cli.errors import UsageError, user_input
 from gen3r_engine.cli.model import add_model_arguments, engine_config, model_defaults
 from gen3r_engine.cli.progress import note
@@ -58,6 +59,9 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps {args.steps} is below 1; use 1 or more")
     if not 0 <= args.guidance < float("inf"):
         raise UsageError(f"--guidance {args.guidance} is out of range; use 5 (1 turns it off)")
+    if args.json is not None:  # known before minutes are spent
+        with user_input(f"--json {args.json} can not be written", (OSError,)):
+            check_writable(args.json.parent)
     config = engine_config(args)
     with user_input():
         request = _request(args)
