@@ -10,7 +10,9 @@ Source: Wan2.1 VAE (arXiv 2503.20314), Gen3R (arXiv 2601.04090).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +21,9 @@ from gen3r.causal_video import (
     CausalConv3d,
     ChannelRMSNorm,
     ChunkCache,
+    DoublingConv2d,
     FrameAttention,
+    Pointwise,
     ResidualBlock,
     TemporalDoubling,
     TemporalHalving,
@@ -50,8 +54,16 @@ class Shrink(nn.Module):
         return x if self.time_conv is None else self.time_conv(x, cache)
 
     def _resample(self, x: Tensor) -> Tensor:
-        (conv,) = self.resample.values()
-        return conv(F.pad(x, (0, 1, 0, 1)) if self.halve else x)
+        (conv,) = cast(Iterable[nn.Conv2d], self.resample.values())
+        narrow = x.to(conv.weight.dtype)
+        if not self.halve:
+            return conv(narrow).to(x.dtype)
+        if narrow.is_cuda and not narrow.is_contiguous():
+            # A kernel of 4 x 4 whose first row and column are zero pads alike on all sides, which
+            # the library does by itself; padding x below and on the right would copy it.
+            weight = F.pad(conv.weight, (1, 0, 1, 0))
+            return F.conv2d(narrow, weight, conv.bias, stride=2, padding=1).to(x.dtype)
+        return conv(F.pad(narrow, (0, 1, 0, 1))).to(x.dtype)
 
 
 class Grow(nn.Module):
@@ -62,8 +74,8 @@ class Grow(nn.Module):
 
     def __init__(self, channels: int, *, double: bool, temporal: bool) -> None:
         super().__init__()
-        self.doubles = double  # nn.Module.double is a method
-        conv = nn.Conv2d(channels, channels // 2, 3, padding=1)
+        half = channels // 2
+        conv = DoublingConv2d(channels, half) if double else nn.Conv2d(channels, half, 3, padding=1)
         self.resample = nn.ModuleDict({"1" if double else "0": conv})
         self.time_conv = TemporalDoubling(channels) if temporal else None
 
@@ -74,11 +86,8 @@ class Grow(nn.Module):
     ) -> Tensor:  # [B, C / 2, T', 2 H or H, 2 W or W]
         if self.time_conv is not None:
             x = self.time_conv(x, cache)
-        return per_frame(self._resample, x)
-
-    def _resample(self, x: Tensor) -> Tensor:
         (conv,) = self.resample.values()
-        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.doubles else x)
+        return per_frame(conv, x)
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -118,6 +127,7 @@ class CausalEncoder(nn.Module):
         spatial: bool,
     ) -> None:
         super().__init__()
+        self.float32_stream = False  # between the blocks, whatever the dtype of the weights
         self.conv1 = CausalConv3d(in_channels, widths[0])
         layers: list[nn.Module] = []
         for stage, (before, after) in enumerate(pairwise(widths)):
@@ -135,6 +145,8 @@ class CausalEncoder(nn.Module):
         cache: ChunkCache,
     ) -> Tensor:  # [B, Cout, t, h, w]
         x = self.conv1(x, cache)
+        if self.float32_stream:
+            x = x.float()
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, cache)
         return norm_silu_conv(x, *norm_and_conv(self.head, "0", "2"), cache)
@@ -185,8 +197,8 @@ class CausalVAE(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_channels: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.conv1 = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
-        self.conv2 = nn.Conv3d(latent_channels, latent_channels, 1)
+        self.conv1 = Pointwise(2 * latent_channels, 2 * latent_channels)
+        self.conv2 = Pointwise(latent_channels, latent_channels)
         self.decoder = decoder
         self.encoder_slots = number_slots(encoder)
         self.decoder_slots = number_slots(decoder)

@@ -21,8 +21,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gen3r_kernels import Backends, attention, causal_conv3d, rms_norm_silu
+from gen3r_kernels import Backends, attention, causal_conv3d, rms_norm_silu, upsample_conv2d
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ChunkCache:
     def __init__(self, slots: int) -> None:
         self.tensors: list[Tensor | None] = [None] * slots
         self.started = False
+        self.last = False  # the chunk under way is the clip's last: nothing is remembered of it
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor]) -> ChunkCache:
@@ -87,7 +89,9 @@ class ChunkCache:
     ) -> Tensor | None:  # [B, C, frames, H, W]
         """The frames remembered before x, None at first; x's last frames take their place."""
         past = self.tensors[slot]
-        if x.shape[2] < frames:
+        if self.last:
+            self.tensors[slot] = None
+        elif x.shape[2] < frames:
             before = _zero_frames(x, frames) if past is None else past
             self.tensors[slot] = torch.cat([before[:, :, x.shape[2] :], x], dim=2)
         else:
@@ -101,7 +105,8 @@ class ChunkCache:
         frames: int,
     ) -> None:
         """Keep the last frames of x. A copy: a view would hold the whole chunk in memory."""
-        self.tensors[slot] = x[:, :, -frames:].clone()
+        if not self.last:
+            self.tensors[slot] = x[:, :, -frames:].clone()
 
     def forget(
         self,
@@ -110,7 +115,8 @@ class ChunkCache:
         frames: int,
     ) -> None:
         """Remember zeros of x's size."""
-        self.tensors[slot] = _zero_frames(x, frames)
+        if not self.last:
+            self.tensors[slot] = _zero_frames(x, frames)
 
 
 def _zero_frames(x: Tensor, frames: int) -> Tensor:
@@ -124,20 +130,48 @@ class CachedConv3d(nn.Conv3d):
     frames: int = 2  # how many it remembers
     backends = Backends()
 
+    pairs: bool = False  # the output channels of a frame become two frames
+
     def forward(  # type: ignore[override]  # the cache is an argument here
         self,
         x: Tensor,  # [B, Cin, T, H, W]
         cache: ChunkCache,
-    ) -> Tensor:  # [B, Cout, T', H, W]
+    ) -> Tensor:  # [B, Cout, T', H, W], or [B, Cout / 2, 2 T', H, W] for pairs
+        return self.convolve(x, cache.exchange(self.slot, x, self.frames))
+
+    def convolve(
+        self,
+        x: Tensor,  # [B, Cin, T, H, W]
+        past: Tensor | None = None,  # [B, Cin, frames, H, W]
+        *,
+        joined: bool = False,
+        residual: Tensor | None = None,  # [B, Cout, T', H, W]
+    ) -> Tensor:  # [B, Cout, T', H, W], or [B, Cout / 2, 2 T', H, W] for pairs
+        """The convolution itself: after `past`, or of x that begins with it (`joined`)."""
         return causal_conv3d(
             x,
             self.weight,
             self.bias,
-            cache.exchange(self.slot, x, self.frames),
+            past,
             stride=self.stride,
             padding=_zero_padding(self),
+            joined=joined,
+            residual=residual,
+            pairs=self.pairs,
             backends=self.backends,
         )
+
+    def normed(
+        self,
+        x: Tensor,  # [B, Cin, T, H, W]
+        norm: ChannelRMSNorm,
+        cache: ChunkCache,
+    ) -> tuple[Tensor, bool]:  # [B, Cin, T or frames + T, H, W], whether it begins with its past
+        """The norm and SiLU of x, written behind what is remembered, and remembered in its turn."""
+        past = cache.tensors[self.slot]
+        y = norm(x, lead=past)
+        cache.exchange(self.slot, y, self.frames)
+        return y, past is not None
 
 
 def _zero_padding(conv: nn.Conv3d) -> tuple[int, ...]:
@@ -156,9 +190,9 @@ def number_slots(module: nn.Module) -> int:
 
 
 def use_backends(module: nn.Module, backends: Backends) -> None:
-    """Let every convolution with memory and every norm inside `module` follow `backends`."""
+    """Let every operator inside `module` follow `backends`."""
     for part in module.modules():
-        if isinstance(part, (CachedConv3d, ChannelRMSNorm)):
+        if isinstance(part, (CachedConv3d, ChannelRMSNorm, DoublingConv2d)):
             part.backends = backends
 
 
@@ -182,14 +216,20 @@ class TemporalHalving(CachedConv3d):
         x: Tensor,  # [B, C, T, H, W]
         cache: ChunkCache,
     ) -> Tensor:  # [B, C, 1 if first else T / 2, H, W]
+        narrow = x.to(self.weight.dtype)
         if not cache.started:
-            cache.remember(self.slot, x, 1)
+            cache.remember(self.slot, narrow, 1)
             return x
-        return super().forward(x, cache)
+        return super().forward(narrow, cache).to(x.dtype)
 
 
 class TemporalDoubling(CachedConv3d):
-    """One frame becomes two, after the first, which passes unchanged and is not remembered."""
+    """One frame becomes two, after the first, which passes unchanged and is not remembered.
+
+    Channels [0, C) of the convolution are the earlier frame of each pair, [C, 2C) the later one.
+    """
+
+    pairs = True
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 2 * channels, (3, 1, 1))
@@ -202,16 +242,46 @@ class TemporalDoubling(CachedConv3d):
         if not cache.started:
             cache.forget(self.slot, x, 2)
             return x
-        # Channels [0, C) are the earlier frame of each pair, [C, 2C) the later one.
-        pairs = super().forward(x, cache).unflatten(1, (2, -1))
-        if x.is_contiguous():
-            return pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-        # Channels-last memory stays so: [B, T, 2, H, W, C].
-        return pairs.permute(0, 3, 1, 4, 5, 2).flatten(1, 2).permute(0, 4, 1, 2, 3)
+        return super().forward(x, cache)
+
+
+class DoublingConv2d(nn.Conv2d):
+    """Twice the height and width (nearest), then a 3x3 convolution, of each image."""
+
+    backends = Backends()
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,  # [N, Cin, H, W]
+    ) -> Tensor:  # [N, Cout, 2 H, 2 W]
+        return upsample_conv2d(x, self.weight, self.bias, backends=self.backends)
+
+
+class Pointwise(nn.Conv3d):
+    """A 1x1x1 convolution: a matrix product over channels."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, Cin, T, H, W]
+    ) -> Tensor:  # [B, Cout, T, H, W]
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
+            return super().forward(x)
+        # Channels-last rows go to the matrix library as they are; cuDNN's convolution copied them.
+        rows = F.linear(x.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
+        return rows.permute(0, 4, 1, 2, 3)
 
 
 class ChannelRMSNorm(nn.Module):
-    """RMSNorm over channels at every position, with SiLU unless told otherwise."""
+    """RMSNorm over channels at every position, with SiLU unless told otherwise.
+
+    The result has the dtype of the weights: a residual stream may be wider than the convolutions.
+    """
 
     backends = Backends()
 
@@ -223,8 +293,11 @@ class ChannelRMSNorm(nn.Module):
         self,
         x: Tensor,  # [B, C, T, H, W], or [B, C, H, W] if not video
         silu: bool = True,
-    ) -> Tensor:  # shape and dtype of x
-        return rms_norm_silu(x, self.gamma, silu, backends=self.backends)
+        lead: Tensor | None = None,  # [B, C, P, H, W], put in front of the result
+    ) -> Tensor:  # shape of x, with P frames more
+        return rms_norm_silu(
+            x, self.gamma, silu, out_dtype=self.gamma.dtype, lead=lead, backends=self.backends
+        )
 
 
 def norm_silu_conv(
@@ -233,8 +306,9 @@ def norm_silu_conv(
     conv: CausalConv3d,
     cache: ChunkCache,
 ) -> Tensor:  # [B, Cout, T, H, W]
-    """Norm, SiLU and causal convolution: nearly all work of the autoencoders passes here."""
-    return conv(norm(x), cache)
+    """Norm, SiLU and causal convolution."""
+    y, joined = conv.normed(x, norm, cache)
+    return conv.convolve(y, joined=joined)
 
 
 def norm_and_conv(
@@ -270,16 +344,25 @@ class ResidualBlock(nn.Module):
             }
         )
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else Pointwise(in_channels, out_channels)
 
     def forward(
         self,
         x: Tensor,  # [B, Cin, T, H, W]
         cache: ChunkCache,
     ) -> Tensor:  # [B, Cout, T, H, W]
-        y = norm_silu_conv(x, *norm_and_conv(self.residual, "0", "2"), cache)
-        y = norm_silu_conv(y, *norm_and_conv(self.residual, "3", "6"), cache)
-        return self.shortcut(x) + y
+        # One name for every step, so that each tensor is freed as soon as the next one is there.
+        norm, conv = norm_and_conv(self.residual, "0", "2")
+        y, joined = conv.normed(x, norm, cache)
+        y = conv.convolve(y, joined=joined)
+        norm, conv = norm_and_conv(self.residual, "3", "6")
+        y, joined = conv.normed(y, norm, cache)
+        return conv.convolve(y, joined=joined, residual=self._shortcut(x))
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if isinstance(self.shortcut, nn.Identity):
+            return x
+        return self.shortcut(x.to(self.shortcut.weight.dtype)).to(x.dtype)
 
 
 class FrameAttention(nn.Module):

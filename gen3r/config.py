@@ -37,6 +37,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+ENCODER_PRECISIONS = ("model", "mixed", "tf32", "float32")  # see `AppearanceVAE`
+
+
 @dataclass(frozen=True)
 class ComponentConfig:
     """What every component's config shares: reading from and writing to a config.json mapping."""

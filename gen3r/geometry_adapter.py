@@ -150,6 +150,19 @@ class GeometryAdapter(VideoAutoencoder):
         )
         self.config = config
 
+    def largest_activation(self, height: int, width: int, *, decoding: bool) -> int:
+        """Enlarged token maps when encoding; token maps, or what is resized to them, decoding."""
+        c = self.config
+        if not decoding:
+            return c.input_dim * self.temporal_factor * height * width
+        rows, columns = token_grid(height, width, c.fixed_token_grid)
+        wide = c.output_dim // c.resample_scale * max(height * width, 4 * rows * columns)
+        return max(c.output_dim * rows * columns, wide) * self.temporal_factor
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """1.75 times the token rows and columns, rounded down."""
+        return int(height * ENLARGEMENT), int(width * ENLARGEMENT)
+
     def decode_chunk(
         self,
         latents: Tensor,  # [B, z, t, h, w], scaled: t = 1 for a fresh cache, else any number

@@ -7,6 +7,7 @@ frames beyond 4k+1, and the first latent frame decodes to one frame (behaviour n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Self, cast
 
 import torch
@@ -17,6 +18,8 @@ from gen3r.causal_video import ChunkCache, Posterior, use_backends
 from gen3r_kernels import Backends
 
 LOGVAR_RANGE = (-30.0, 20.0)
+WORKING_GIB = 4.5  # of activations, where the caller names no limit
+LIVE = 3  # activations of the largest size at a time: a block's input, its norm, its convolution
 
 
 class VideoAutoencoder(nn.Module):
@@ -96,8 +99,11 @@ class VideoAutoencoder(nn.Module):
     def moments(
         self,
         x: Tensor,  # [B, C, T, H, W]
+        working_gib: float = WORKING_GIB,
     ) -> Tensor:  # [B, 2 z, 1 + (T - 1) // factor, h, w]: mu (unscaled), then logvar (unclamped)
         """What the encoder computes, before scaling. Frames beyond 1 + factor * k are dropped.
+
+        working_gib : memory for activations; it sets the frames of a chunk (`chunk_frames`).
 
         Raises
         ------
@@ -105,26 +111,33 @@ class VideoAutoencoder(nn.Module):
         """
         _check_clip("frames", x)
         cache = self.encoder_cache()
-        pieces = (self._moments_chunk(x[:, :, s], cache) for s in self._chunks(x.shape[2]))
-        return _join(pieces, 1 + (x.shape[2] - 1) // self.temporal_factor)
+        count = 1 + (x.shape[2] - 1) // self.temporal_factor
+        height, width = self.latent_size(x.shape[3], x.shape[4])
+        step = self.chunk_frames(count, len(x), height, width, working_gib, decoding=False)
+        pieces = self._walk(
+            count, step, cache, lambda a, b: self._moments_chunk(x[:, :, self._frames(a, b)], cache)
+        )
+        return _join(pieces, count)
 
     def encode(
         self,
         x: Tensor,  # [B, C, T, H, W]
+        working_gib: float = WORKING_GIB,
     ) -> Posterior:  # of [B, z, 1 + (T - 1) // factor, h, w]
         """The posterior of a clip. Frames beyond 1 + factor * k are dropped.
 
-        Raises
-        ------
-        ValueError : x is not five-dimensional or has no frames.
+        Arguments and errors as `moments`.
         """
-        return self.posterior(self.moments(x))
+        return self.posterior(self.moments(x, working_gib))
 
     def decode(
         self,
         latents: Tensor,  # [B, z, t, h, w], scaled
+        working_gib: float = WORKING_GIB,
     ) -> Tensor:  # [B, C, 1 + (t - 1) * factor, H, W]
-        """The clip of scaled latents, one latent frame at a time.
+        """The clip of scaled latents.
+
+        working_gib : memory for activations; it sets the latent frames of a chunk (`chunk_frames`).
 
         Raises
         ------
@@ -136,8 +149,65 @@ class VideoAutoencoder(nn.Module):
                 f"latents have {latents.shape[1]} channels; this model has {self.latent_channels}"
             )
         cache = self.decoder_cache()
-        pieces = (self.decode_chunk(z, cache) for z in latents.split(1, dim=2))
-        return _join(pieces, 1 + (latents.shape[2] - 1) * self.temporal_factor)
+        batch, _, count, height, width = latents.shape
+        step = self.chunk_frames(count, batch, height, width, working_gib, decoding=True)
+        pieces = self._walk(
+            count, step, cache, lambda a, b: self.decode_chunk(latents[:, :, a:b], cache)
+        )
+        return _join(pieces, 1 + (count - 1) * self.temporal_factor)
+
+    # What the convolutions remember between chunks, in activations of the largest size.
+    remembered: float = 1.0
+
+    def largest_activation(self, height: int, width: int, *, decoding: bool) -> int:
+        """Values of the largest activation of one latent frame of height x width (its `factor`
+        video frames), a sample."""
+        raise NotImplementedError
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent rows and columns of frames (or token maps) of this size."""
+        raise NotImplementedError
+
+    def chunk_frames(
+        self,
+        count: int,
+        batch: int,
+        height: int,
+        width: int,
+        working_gib: float,
+        *,
+        decoding: bool,
+    ) -> int:
+        """Latent frames a chunk for `batch` clips of `count` latent frames [height, width]; >= 1.
+
+        Chunks of equal length, the fewest whose activations stay within `working_gib` GiB with what
+        the convolutions remember between chunks. Where one frame takes more, a chunk has one frame.
+        """
+        part = self.model.decoder if decoding else self.model.encoder
+        bytes_each = next(part.parameters()).element_size() * batch
+        unit = self.largest_activation(height, width, decoding=decoding) * bytes_each / 2**30
+        fitting = int((working_gib / unit - self.remembered) / LIVE)
+        rest = max(1, count - 1)
+        chunks = -(-rest // max(1, fitting))
+        return -(-rest // chunks)
+
+    def _walk(
+        self,
+        count: int,  # latent frames
+        step: int,
+        cache: ChunkCache,
+        run: Callable[[int, int], Tensor],  # of latent frames [a, b)
+    ) -> Iterator[Tensor]:
+        """One latent frame, then `step` at a time; nothing is remembered of the last chunk."""
+        edges = [0, *range(1, count, step), count]
+        for a, b in pairwise(edges):
+            cache.last = b == count
+            yield run(a, b)
+
+    def _frames(self, a: int, b: int) -> slice:
+        """Video frames of latent frames [a, b)."""
+        factor = self.temporal_factor
+        return slice(max(0, 1 + (a - 1) * factor), 1 + (b - 1) * factor)
 
     def posterior(
         self,
@@ -168,11 +238,6 @@ class VideoAutoencoder(nn.Module):
         mean = torch.tensor(self.latents_mean, dtype=torch.float32)
         reciprocal = 1.0 / torch.tensor(self.latents_std, dtype=torch.float32)
         return mean.to(like).view(-1, 1, 1, 1), reciprocal.to(like).view(-1, 1, 1, 1)
-
-    def _chunks(self, frames: int) -> Iterator[slice]:
-        yield slice(0, 1)
-        for start in range(1, frames - self.temporal_factor + 1, self.temporal_factor):
-            yield slice(start, start + self.temporal_factor)
 
     def _moments_chunk(self, x: Tensor, cache: ChunkCache) -> Tensor:
         frames = x.shape[2]

@@ -6,12 +6,22 @@ It multiplies [frames, H, W, Cin] by [Cout, kt * kh * kw * Cin]: a program owns 
 pixels of one frame and some output channels, and walks over taps and chunks of input channels. The
 tensor memory accelerator fetches each tap's rectangle as a box and fills what lies outside the
 image with zeros, so there is neither a padded copy nor a mask. Frames before x come from the past's
-own descriptor, so there is no concatenation; without a past their taps are skipped.
+own descriptor, so there is no concatenation; without a past their taps are skipped. At the end the
+program adds the residual to its float32 sums, or puts the two halves of the channels into two
+frames in a row (`pairs`), so that neither takes a pass over memory of its own.
 
-What bounds it on an H100: at 96 channels every program of 128 pixels fetches 1.16 MB of pixels and
-weights for 64 MFLOP, so that 425 TFLOP/s draw 7.8 TB/s from the second-level cache. Tried and
-slower there: 256 pixels with 8 warps (362), 128 output channels instead of 64 + 32 (281), one
-program for two frames (222), three chunks a step (415), a cap of 128 registers (128).
+Inputs of 8 channels (RGB, filled up) would give products of 8 for each of 27 taps. There the three
+taps of a row are one tap of 24 channels: a descriptor with overlapping strides reads each pixel
+with its neighbours.
+
+What bounds it on an H100: the 700 W of the card, inside a decoder that runs for 0.3 s (1.7 GHz).
+Alone for some milliseconds, at 2.0 GHz, other configurations are the faster: 256 pixels by 96
+channels on one warpgroup 522 TFLOP/s against 421, in the decoder 384 against 397; 128 by 192 on
+one warpgroup 596 against 520, in the decoder 588 against 643. So the choice was made inside the
+decoder. Tried and slower at 96: 256 pixels on two warpgroups (362), 128 output channels instead of 64 + 32
+(281), one program for two frames (222), three chunks a step (415), a cap of 128 registers (128),
+programs that walk over frames first (415), two neighbouring pixels as one of 192 channels with a
+quarter of the weights zero (290 in the decoder).
 
 RMSNorm and SiLU of the input are an operator of their own (`rms_norm_silu`). In here they would be
 computed for each of 27 taps: 4,096 exponentials for each chunk of 32 channels keep the special
@@ -26,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gen3r_kernels.dispatch import CompileCase
@@ -38,7 +49,9 @@ def _forward_kernel(
     weight,  # descriptor of [COUT, KT * KH * KW * CIN], boxes of BN rows
     weight_2,  # the same, boxes of BN2 rows
     bias,  # [COUT] if HAS_BIAS
-    y,  # descriptor of [B * frames_out, H, W, COUT], boxes of BN channels
+    residual,  # descriptor as y if HAS_RESIDUAL
+    residual_2,  # as y_2
+    y,  # descriptor of [B * frames_out * HALVES, H, W, COUT / HALVES], boxes of BN channels
     y_2,  # the same, boxes of BN2 channels
     frames,
     frames_out,
@@ -53,6 +66,8 @@ def _forward_kernel(
     PAST: tl.constexpr,  # frames before x
     HAS_PAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HALVES: tl.constexpr,  # frames that the output channels of one frame are spread over
     PRECISION: tl.constexpr,
     BH: tl.constexpr,
     BW: tl.constexpr,
@@ -106,16 +121,22 @@ def _forward_kernel(
             second = weight_2.load([n + BN, k]).T
             sums_2 = tl.dot(a, second, sums_2, input_precision=PRECISION)
 
-    f = b * frames_out + t
+    WIDTH: tl.constexpr = COUT // HALVES
+    f = (b * frames_out + t) * HALVES + n // WIDTH
+    c = n % WIDTH
     o = n + tl.arange(0, BN)
     if HAS_BIAS:
         sums += tl.load(bias + o, mask=o < COUT, other=0.0).to(tl.float32)[None, :]
-    y.store([f, h, w, n], sums.to(y.dtype).reshape(1, BH, BW, BN))  # cut at the borders
+    if HAS_RESIDUAL:
+        sums += residual.load([f, h, w, c]).reshape(BM, BN).to(tl.float32)
+    y.store([f, h, w, c], sums.to(y.dtype).reshape(1, BH, BW, BN))  # cut at the borders
     if BN2 > 0:
         o = n + BN + tl.arange(0, BN2)
         if HAS_BIAS:
             sums_2 += tl.load(bias + o, mask=o < COUT, other=0.0).to(tl.float32)[None, :]
-        y_2.store([f, h, w, n + BN], sums_2.to(y.dtype).reshape(1, BH, BW, BN2))
+        if HAS_RESIDUAL:
+            sums_2 += residual_2.load([f, h, w, c + BN]).reshape(BM, BN2).to(tl.float32)
+        y_2.store([f, h, w, c + BN], sums_2.to(y.dtype).reshape(1, BH, BW, BN2))
 
 
 @dataclass(frozen=True)
@@ -136,14 +157,22 @@ class Config:
 
     @classmethod
     def for_shape(cls, channels_in: int, channels_out: int) -> Config:
-        """The fastest measured on an H100 for the widths of the two autoencoders."""
+        """The fastest inside the two autoencoders on an H100, which 700 W bind there (the module's
+        docstring)."""
         chunk = max(16, min(64, channels_in & -channels_in))
+        if channels_in == 24:  # `_windows`; what is read beyond is zeros
+            chunk = 32
         if channels_out % 128 == 96:
-            return cls(8, 16, 64, 32, chunk, 4, 3 if chunk == 64 else 4)
-        if channels_out % 192 == 0 and channels_out % 128:
+            wide = channels_in == 24
+            return cls(16 if wide else 8, 16, 64, 32, chunk, 4, 4 if chunk < 64 else 3)
+        if channels_out % 192 == 0 and chunk == 64:
             return cls(16, 16, 128, 64, chunk, 8, 3)
+        if channels_out % 192 == 0:
+            return cls(8, 16, 128, 64, chunk, 4, 3)
+        if channels_out <= 16:
+            return cls(16, 32, 16, 0, chunk, 8, 3)
         if channels_out < 128:
-            return cls(8, 16, max(16, triton.next_power_of_2(channels_out)), 0, chunk, 4, 3)
+            return cls(8, 16, triton.next_power_of_2(channels_out), 0, chunk, 4, 3)
         return cls(8, 16, 128, 0, chunk, 4, 3)
 
 
@@ -158,17 +187,48 @@ def _rows(x: Tensor) -> Tensor:
     return rows.flatten(0, 1)
 
 
+def _is_narrow(channels_in: int, width: int) -> bool:
+    """Whether the taps of a row are taken together: three pixels of 8 channels lie in a row."""
+    return channels_in == 8 and width == 3
+
+
+def _windows(rows: Tensor) -> Tensor:
+    """[N, H, W, 8] as [N, H, W, 24]: each pixel with its left and right neighbour, overlapping."""
+    count, height, width, channels = rows.shape
+    padded = F.pad(rows, (0, 0, 1, 1))
+    line = (width + 2) * channels
+    size = (count, height, width, 3 * channels)
+    return padded.as_strided(size, (height * line, line, channels, 1))
+
+
 def _past_frames(weight: Tensor, past: Tensor | None) -> int:
     return weight.shape[2] - 1 if past is None else past.shape[2]
 
 
-def _empty_output(x: Tensor, weight: Tensor, past: Tensor | None, stride: int) -> Tensor:
+def _empty_output(
+    x: Tensor,
+    weight: Tensor,
+    past: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    pairs: bool,
+) -> Tensor:
     frames = (_past_frames(weight, past) + x.shape[2] - weight.shape[2]) // stride + 1
-    size = (x.shape[0], weight.shape[0], frames, *x.shape[3:])
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    halves = 2 if pairs else 1
+    size = (x.shape[0], weight.shape[0] // halves, frames * halves, *x.shape[3:])
+    dtype = x.dtype if residual is None else residual.dtype
+    return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last_3d)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> None:
+def pairs_supported(channels_in: int, channels_out: int) -> bool:
+    """Whether no program's channels lie in both halves."""
+    config = Config.for_shape(channels_in, channels_out)
+    return channels_out // 2 % (config.channels + config.channels_2) == 0
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, pairs: bool
+) -> None:
     if x.dim() != 5 or weight.dim() != 5 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"causal_conv3d: x of shape {tuple(x.shape)} and weight of shape {tuple(weight.shape)} "
@@ -189,6 +249,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) 
             f"causal_conv3d: {past.shape[2]} frames of the past for {weight.shape[2]} taps in "
             f"time; give at most {weight.shape[2] - 1}"
         )
+    if pairs and not pairs_supported(x.shape[1], weight.shape[0]):
+        raise ValueError(
+            f"causal_conv3d: the kernel cannot halve {weight.shape[0]} output channels into pairs; "
+            "use operators='reference'"
+        )
     dtypes = {t.dtype for t in (x, weight, bias, past) if t is not None}
     if len(dtypes) > 1:
         raise ValueError(f"causal_conv3d: tensors of one dtype are needed, got {dtypes}")
@@ -199,18 +264,34 @@ def causal_conv3d_kernel(
     x: Tensor,  # [B, Cin, T, H, W] channels-last
     weight: Tensor,  # [Cout, Cin, kt, kh, kw], odd kh and kw; rearranged unless channels-last
     bias: Tensor | None,  # [Cout]
-    past: Tensor | None,  # [B, Cin, P, H, W] channels-last
+    past: Tensor | None,  # [B, Cin, P, H, W] channels-last; P = 0 where x begins with its past
+    residual: Tensor | None,  # as the result, in any dtype
     stride: int,  # in time
-) -> Tensor:  # [B, Cout, T', H, W] channels-last
+    pairs: bool,
+) -> Tensor:  # [B, Cout, T', H, W], or [B, Cout / 2, 2 T', H, W] for pairs; channels-last
     """The kernel's launch for tensors in the memory format that it reads."""
-    _check(x, weight, bias, past)
-    y = _empty_output(x, weight, past, stride)
+    _check(x, weight, bias, past, pairs)
+    y = _empty_output(x, weight, past, residual, stride, pairs)
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(
+            f"causal_conv3d: residual of shape {tuple(residual.shape)}; the result has "
+            f"{tuple(y.shape)}"
+        )
     channels_out, channels_in, *kernel = weight.shape
+    narrow = _is_narrow(channels_in, kernel[2])
+    if narrow:
+        channels_in, kernel[2] = 24, 1
     config = Config.for_shape(channels_in, channels_out)
     second = config.channels_2 or config.channels
 
     def boxes(t: Tensor, channels: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(_rows(t), [1, config.rows, config.columns, channels])
+
+    def source(t: Tensor) -> TensorDescriptor:
+        if not narrow:
+            return boxes(t, config.chunk)
+        shape = [1, config.rows, config.columns, config.chunk]
+        return TensorDescriptor.from_tensor(_windows(_rows(t)), shape)
 
     def matrix(channels: int) -> TensorDescriptor:
         rows = weight.permute(0, 2, 3, 4, 1).reshape(channels_out, -1)
@@ -219,16 +300,22 @@ def causal_conv3d_kernel(
     rows = triton.cdiv(x.shape[3], config.rows)
     columns = triton.cdiv(x.shape[4], config.columns)
     parts = triton.cdiv(channels_out, config.channels + config.channels_2)
-    _forward_kernel[(parts * rows * columns * y.shape[2] * x.shape[0],)](
-        boxes(x, config.chunk),
-        boxes(x if past is None else past, config.chunk),
+    has_past = past is not None and past.shape[2] > 0
+    added = y if residual is None else residual
+    halves = 2 if pairs else 1
+    frames_out = y.shape[2] // halves
+    _forward_kernel[(parts * rows * columns * frames_out * x.shape[0],)](
+        source(x),
+        source(past if past is not None and has_past else x),
         matrix(config.channels),
         matrix(second),
         weight if bias is None else bias,
+        boxes(added, config.channels),
+        boxes(added, second),
         boxes(y, config.channels),
         boxes(y, second),
         x.shape[2],
-        y.shape[2],
+        frames_out,
         rows,
         columns,
         channels_in,
@@ -236,8 +323,10 @@ def causal_conv3d_kernel(
         *kernel,
         stride,
         _past_frames(weight, past),
-        past is not None,
+        has_past,
         bias is not None,
+        residual is not None,
+        halves,
         "ieee" if x.dtype == torch.float32 else "tf32",  # the latter means nothing to bf16
         config.rows,
         config.columns,
@@ -251,8 +340,16 @@ def causal_conv3d_kernel(
 
 
 @causal_conv3d_kernel.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, stride: int) -> Tensor:
-    return _empty_output(x, weight, past, stride)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    pairs: bool,
+) -> Tensor:
+    return _empty_output(x, weight, past, residual, stride, pairs)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -269,6 +366,8 @@ def compile_cases() -> list[CompileCase]:
         (384, 768, (3, 1, 1)),
         (16, 384, (3, 3, 3)),
         (128, 128, (3, 3, 3)),
+        (24, 96, (3, 3, 1)),
+        (96, 8, (3, 3, 3)),
     ):
         config = Config.for_shape(channels_in, channels_out)
         second = config.channels_2 or config.channels
@@ -286,6 +385,8 @@ def compile_cases() -> list[CompileCase]:
                     "weight": f"tensordesc<bf16[{config.channels}, {config.chunk}]>",
                     "weight_2": f"tensordesc<bf16[{second}, {config.chunk}]>",
                     "bias": "*bf16",
+                    "residual": y,
+                    "residual_2": y_2,
                     "y": y,
                     "y_2": y_2,
                     **{n: "i32" for n in ("frames", "frames_out", "rows", "columns")},
@@ -298,6 +399,8 @@ def compile_cases() -> list[CompileCase]:
                     "PAST": kernel[0] - 1,
                     "HAS_PAST": kernel[0] > 1,
                     "HAS_BIAS": True,
+                    "HAS_RESIDUAL": channels_in == channels_out,
+                    "HALVES": 2 if kernel == (3, 1, 1) else 1,
                     "PRECISION": "tf32",
                     "BH": config.rows,
                     "BW": config.columns,

@@ -15,6 +15,9 @@ at [1, 96, 4, 560, 560] and 90 us, 90 % at [1, 192, 4, 280, 280]; channels-first
 84 %. Rearranging channels-first memory takes 537 us, so both formats have a kernel. Backward with
 other tiles 280 us, 87 %; channels-first 569 us, 43 %.
 
+Frames that a causal convolution needs before x (`lead`) are put in front of the result: the norm
+writes behind them, so that no concatenation reads and writes everything once more.
+
 The kernels read channels-last memory (a row of C values at each position, `torch.channels_last_3d`)
 and channels-first memory (`torch.contiguous_format`) through the same tile of positions x channels;
 statistics and arithmetic are float32.
@@ -57,8 +60,9 @@ def _offsets(
 def _forward_kernel(
     x,  # [B, positions, C] (LAST) or [B, C, positions]
     gamma,  # [C]
-    y,  # as x
+    y,  # [B, lead + positions, C] (LAST) or [B, C, lead + positions]
     positions,
+    lead,  # positions of y that are not written here
     C: tl.constexpr,
     LAST: tl.constexpr,
     SILU: tl.constexpr,
@@ -68,15 +72,22 @@ def _forward_kernel(
     BC: tl.constexpr,
 ):
     offsets, mask = _offsets(tl.program_id(0), positions, C, LAST, BP, BC)
-    offsets += tl.program_id(1).to(tl.int64) * positions * C
+    sample = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, BC)
+    if LAST:
+        y += (sample * (lead + positions) + lead) * C
+        target = offsets
+    else:
+        y += sample * (lead + positions) * C + lead
+        target = offsets + c[None, :].to(tl.int64) * lead
+    offsets += sample * positions * C
     g = tl.load(gamma + c, mask=c < C, other=0.0).to(tl.float32)
     values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     length = tl.maximum(tl.sqrt(tl.sum(values * values, axis=1)), SMALLEST)
     n = values * (ROOT_C / length)[:, None] * g[None, :]
     if SILU:
         n = n * tl.sigmoid(n)
-    tl.store(y + offsets, n.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + target, n.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -184,9 +195,13 @@ def _forward(
     x: Tensor,  # [B, C, T, H, W] or [B, C, H, W], channels-last or contiguous
     gamma: Tensor,  # [C, ...] of C values
     silu: bool,
-) -> Tensor:  # as x
+    out_dtype: torch.dtype,
+    lead: Tensor | None,  # [B, C, P, H, W] or [B, C, P, W]
+) -> Tensor:  # as x, in out_dtype; with P more entries in front on axis 2
     last = _layout(x, "x")
-    y = torch.empty_like(x)
+    y = _empty_output(x, out_dtype, lead)
+    if lead is not None:
+        y[:, :, : lead.shape[2]] = lead
     batch, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
     config = Config.for_shape(channels, last)
@@ -196,6 +211,7 @@ def _forward(
         gamma.contiguous(),
         y,
         positions,
+        0 if lead is None else math.prod(lead.shape[2:]),
         channels,
         last,
         silu,
@@ -208,9 +224,23 @@ def _forward(
     return y
 
 
+def _empty_output(x: Tensor, dtype: torch.dtype, lead: Tensor | None) -> Tensor:
+    if lead is None:
+        return torch.empty_like(x, dtype=dtype)
+    if lead.shape[:2] != x.shape[:2] or lead.shape[3:] != x.shape[3:]:
+        raise ValueError(
+            f"rms_norm_silu: lead of shape {tuple(lead.shape)} does not fit x {tuple(x.shape)}"
+        )
+    size = (*x.shape[:2], lead.shape[2] + x.shape[2], *x.shape[3:])
+    # One position is both; `_layout` decides alike.
+    last = x.is_contiguous(memory_format=_channels_last(x))
+    memory = _channels_last(x) if last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device=x.device, memory_format=memory)
+
+
 @_forward.register_fake
-def _(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
-    return torch.empty_like(x)
+def _(x: Tensor, gamma: Tensor, silu: bool, out_dtype: torch.dtype, lead: Tensor | None) -> Tensor:
+    return _empty_output(x, out_dtype, lead)
 
 
 @torch.library.custom_op("gen3r::rms_norm_silu_backward", mutates_args=())
@@ -222,7 +252,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # dx as x, dgamma [C] float32
     last = _layout(x, "x")
     if dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)
+        dy = torch.empty_like(x, dtype=dy.dtype).copy_(dy)
     dx = torch.empty_like(x)
     batch, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
@@ -261,26 +291,33 @@ def rms_norm_silu_reference(
     x: Tensor,  # [B, C, T, H, W] or [B, C, H, W]
     gamma: Tensor,  # [C, 1, 1, 1] or [C, 1, 1]
     silu: bool = True,
-) -> Tensor:  # shape of x, float32
+    lead: Tensor | None = None,  # [B, C, P, H, W]
+) -> Tensor:  # shape of x, float32; with P frames more
     """The definition in float32."""
     x = x.float()
     # A plain sum of squares: on a CPU torch's vector norm over a strided axis is far slower.
     length = (x * x).sum(1, keepdim=True).sqrt().clamp(min=SMALLEST_LENGTH)
     y = x / length * (x.shape[1] ** 0.5 * gamma.float())
-    return F.silu(y) if silu else y
+    y = F.silu(y) if silu else y
+    return y if lead is None else torch.cat([lead.float(), y], dim=2)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, gamma, ctx.silu = inputs  # type: ignore[attr-defined]
+    x, gamma, ctx.silu, _, lead = inputs  # type: ignore[attr-defined]
+    ctx.lead = None if lead is None else (lead.shape[2], lead.dtype)  # type: ignore[attr-defined]
     ctx.save_for_backward(x, gamma)
 
 
 def _differentiate(
     ctx: torch.autograd.function.FunctionCtx, dy: Tensor
-) -> tuple[Tensor, Tensor, None]:
+) -> tuple[Tensor | None, ...]:
     x, gamma = ctx.saved_tensors  # type: ignore[attr-defined]
+    dlead = None
+    if ctx.lead is not None:  # type: ignore[attr-defined]
+        frames, dtype = ctx.lead  # type: ignore[attr-defined]
+        dlead, dy = dy[:, :, :frames].to(dtype), dy[:, :, frames:]
     dx, dgamma = _backward(dy, x, gamma, ctx.silu)  # type: ignore[attr-defined]
-    return dx, dgamma.view_as(gamma).to(gamma.dtype), None
+    return dx, dgamma.view_as(gamma).to(gamma.dtype), None, None, dlead
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -291,9 +328,13 @@ def rms_norm_silu(
     gamma: Tensor,  # [C, 1, 1, 1] or [C, 1, 1]
     silu: bool = True,
     *,
+    out_dtype: torch.dtype | None = None,
+    lead: Tensor | None = None,  # [B, C, P, H, W]
     backends: Backends = DEFAULT_BACKENDS,
-) -> Tensor:  # shape, dtype and memory format of x
+) -> Tensor:  # shape and memory format of x, in out_dtype (None: that of x); with P frames more
     """RMSNorm over channels, followed by SiLU unless `silu` is False (attention's norm).
+
+    lead : frames that stand before the result as they are.
 
     x : channels-last memory is read at full bandwidth; other strides than these and contiguous
     ones are copied into channels-last memory first.
@@ -302,11 +343,13 @@ def rms_norm_silu(
     ------
     ValueError : more than 4,096 channels or other than four or five axes on the Triton path.
     """
-    if not use_triton("rms_norm_silu", x, x.dtype, backends):
-        return rms_norm_silu_reference(x, gamma, silu).to(x.dtype)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if not use_triton("rms_norm_silu", x, out_dtype, backends):
+        y = rms_norm_silu_reference(x, gamma, silu).to(out_dtype)
+        return y if lead is None else torch.cat([lead.to(out_dtype), y], dim=2)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=_channels_last(x))):
         x = x.contiguous(memory_format=_channels_last(x))
-    return torch.ops.gen3r.rms_norm_silu(x, gamma, silu)
+    return torch.ops.gen3r.rms_norm_silu(x, gamma, silu, out_dtype, lead)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -333,7 +376,7 @@ def compile_cases() -> list[CompileCase]:
                 CompileCase(
                     f"forward, {name}",
                     _forward_kernel,
-                    forward | {"positions": "i32"},
+                    forward | {"positions": "i32", "lead": "i32"},
                     constants,
                     options,
                     (*forward, "positions"),

@@ -17,6 +17,8 @@ from gen3r_kernels import (
     causal_conv3d_reference,
     rms_norm_silu,
     rms_norm_silu_reference,
+    upsample_conv2d,
+    upsample_conv2d_reference,
 )
 
 pytestmark = [
@@ -114,6 +116,8 @@ CONVOLUTIONS = [
     (1, 16, 384, 1, (70, 70), (3, 3, 3), 1, None),
     (1, 200, 40, 3, (19, 23), (3, 3, 3), 1, 2),
     (1, 192, 96, 2, (40, 37), (1, 3, 3), 1, None),
+    (1, 3, 96, 2, (40, 37), (3, 3, 3), 1, 2),
+    (1, 96, 3, 2, (40, 37), (3, 3, 3), 1, 2),
 ]
 
 
@@ -135,8 +139,54 @@ def test_causal_conv3d(case: tuple, outliers: bool) -> None:
     plain = causal_conv3d(*tensors, **options, backends=REFERENCE)
     for backends in (TRITON, Backends()):
         out = causal_conv3d(*tensors, **options, backends=backends)
-        assert out.is_contiguous(memory_format=LAST)
+        assert out.is_contiguous(memory_format=LAST) or case[2] == 3
         check(out, plain, exact)
+
+
+@pytest.mark.parametrize("case", [CONVOLUTIONS[i] for i in (1, 2, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_residual(case: tuple, dtype: torch.dtype) -> None:
+    """Added before the sum is rounded, in the residual's dtype."""
+    tensors, options = convolution(case)
+    shape = (case[0], case[2], case[3], *case[4])
+    residual = normal(*shape).to(dtype).contiguous(memory_format=LAST)
+    exact = causal_conv3d_reference(*tensors, **options, residual=residual)
+    plain = causal_conv3d(*tensors, **options, residual=residual, backends=REFERENCE)
+    out = causal_conv3d(*tensors, **options, residual=residual, backends=TRITON)
+    assert out.dtype == dtype
+    check(out, plain, exact)
+
+
+def test_pairs_of_frames_and_input_that_begins_with_its_past() -> None:
+    (x, weight, bias, past), options = convolution(CONVOLUTIONS[4])
+    exact = causal_conv3d_reference(x, weight, bias, past, **options, pairs=True)
+    plain = causal_conv3d(x, weight, bias, past, **options, pairs=True, backends=REFERENCE)
+    check(causal_conv3d(x, weight, bias, past, **options, pairs=True), plain, exact)
+    whole = torch.cat([past, x], dim=2).contiguous(memory_format=LAST)
+    more = {**options, "pairs": True, "joined": True}
+    check(causal_conv3d(whole, weight, bias, **more, backends=TRITON), plain, exact)
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 384, 192, 35, 43), (2, 192, 96, 40, 37)], ids=str)
+def test_upsample_conv2d(sizes: tuple[int, ...], outliers: bool) -> None:
+    count, channels_in, channels_out, *sides = sizes
+    x = stretch(normal(count, channels_in, *sides), outliers)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = normal(channels_out, channels_in, 3, 3) * 0.05, normal(channels_out)
+    exact = upsample_conv2d_reference(x, weight, bias)
+    plain = upsample_conv2d(x, weight, bias, backends=REFERENCE)
+    check(upsample_conv2d(x, weight, bias, backends=TRITON), plain, exact)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    dy = normal(*exact.shape)
+    gradients = [
+        torch.autograd.grad(upsample_conv2d(*inputs, backends=b), inputs, dy)
+        for b in (TRITON, REFERENCE)
+    ]
+    wide = [t.detach().float().requires_grad_() for t in inputs]
+    truth = torch.autograd.grad(upsample_conv2d_reference(*wide), wide, dy.float())
+    for ours, theirs, e in zip(*gradients, truth, strict=True):
+        check(ours, theirs, e)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +214,11 @@ def test_causal_conv3d_backward(case: tuple, compiled: bool) -> None:
 def test_opcheck() -> None:
     tensors, _ = convolution((1, 16, 24, 2, (5, 9), (3, 3, 3), 1, 2))
     weight = tensors[1].requires_grad_()
-    arguments = (tensors[0], weight, *tensors[2:], 1)
+    arguments = (tensors[0], weight, *tensors[2:], None, 1, False)
     torch.library.opcheck(torch.ops.gen3r.causal_conv3d.default, arguments)
     gamma = normal(16, 1, 1, 1).requires_grad_()
-    torch.library.opcheck(torch.ops.gen3r.rms_norm_silu.default, (tensors[0], gamma, True))
+    arguments = (tensors[0], gamma, True, BF16, tensors[0][:, :, :1])
+    torch.library.opcheck(torch.ops.gen3r.rms_norm_silu.default, arguments)
 
 
 def autoencoder(kind: str, backends: Backends) -> VideoAutoencoder:

@@ -26,6 +26,8 @@ CASES = [
     (1, 8, 16, 2, (6, 17), (3, 1, 1), 1, 2),
     (1, 64, 24, 2, (10, 7), (1, 3, 3), 1, None),
     (1, 16, 192, 1, (3, 5), (3, 3, 3), 1, 2),
+    (1, 3, 32, 2, (5, 9), (3, 3, 3), 1, 2),  # channels that are filled up to 8
+    (1, 16, 3, 2, (5, 9), (3, 3, 3), 1, 2),
 ]
 
 
@@ -44,10 +46,50 @@ def test_values(case: tuple) -> None:
     expected = causal_conv3d_reference(x, weight, bias, past, **options)
     out = causal_conv3d(x, weight, bias, past, **options, backends=TRITON)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+    if case[2] % 8 == 0:
+        assert out.is_contiguous(memory_format=torch.channels_last_3d)
     out = causal_conv3d(x, weight, None, past, **options, backends=TRITON)
     expected = causal_conv3d_reference(x, weight, None, past, **options)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[8]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_residual(case: tuple, dtype: torch.dtype) -> None:
+    """Added to the sums, in the residual's own dtype."""
+    x, weight, bias, past, options = make(case)
+    narrow = [t.to(dtype) for t in (x, weight, bias, past)]
+    residual = last(torch.randn(1, case[2], *x.shape[2:]))
+    out = causal_conv3d(*narrow, **options, residual=residual, backends=TRITON)
+    assert out.dtype == torch.float32
+    expected = causal_conv3d_reference(*narrow, **options, residual=residual)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs() -> None:
+    x, weight, bias, past, options = make((1, 16, 256, 3, (4, 5), (3, 1, 1), 1, 2))
+    out = causal_conv3d(x, weight, bias, past, **options, pairs=True, backends=TRITON)
+    expected = causal_conv3d_reference(x, weight, bias, past, **options, pairs=True)
+    assert out.shape == (1, 128, 6, 4, 5)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    halves = causal_conv3d_reference(x, weight, bias, past, **options)
+    torch.testing.assert_close(out[:, :, 1::2], halves[:, 128:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="cannot be added to pairs"):
+        causal_conv3d(x, weight, bias, past, **options, pairs=True, residual=out, backends=TRITON)
+
+
+def test_input_that_begins_with_its_past() -> None:
+    for case in (CASES[0], CASES[3]):
+        x, weight, bias, past, options = make(case)
+        whole = last(torch.cat([past, x], dim=2)).requires_grad_()
+        out = causal_conv3d(whole, weight, bias, **options, joined=True, backends=TRITON)
+        expected = causal_conv3d(x, weight, bias, past, **options, backends=TRITON)
+        assert torch.equal(out, expected)
+        plain = causal_conv3d(whole, weight, bias, **options, joined=True)
+        torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4)
+        dy = torch.randn_like(out)
+        actual, wanted = (torch.autograd.grad(y, whole, dy)[0] for y in (out, plain))
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_any_memory_format() -> None:
@@ -56,6 +98,22 @@ def test_any_memory_format() -> None:
         x.contiguous(), weight.contiguous(), bias, past.contiguous(), backends=TRITON
     )
     torch.testing.assert_close(out, causal_conv3d(x, weight, bias, past, backends=TRITON))
+
+
+def test_gradients_of_residual_and_pairs() -> None:
+    for case, pairs in ((CASES[0], False), ((1, 16, 64, 2, (4, 5), (3, 1, 1), 1, 2), True)):
+        x, weight, bias, past, options = make(case)
+        leaves = [[t.clone().requires_grad_() for t in (x, weight, bias, past)] for _ in range(2)]
+        residual = None if pairs else last(torch.randn(1, case[2], *x.shape[2:])).requires_grad_()
+        more = {**options, "residual": residual, "pairs": pairs}
+        out = causal_conv3d(*leaves[0], **more, backends=TRITON)
+        expected = causal_conv3d_reference(*leaves[1], **more)
+        extra = [] if residual is None else [residual]
+        dy = torch.randn_like(expected)
+        actual = torch.autograd.grad(out, leaves[0] + extra, dy)
+        wanted = torch.autograd.grad(expected, leaves[1] + extra, dy)
+        for a, e in zip(actual, wanted, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
@@ -94,7 +152,7 @@ def test_refusals() -> None:
 def test_opcheck() -> None:
     x, weight, bias, past, _ = make((1, 8, 16, 1, (3, 4), (3, 1, 1), 1, 2))
     for before in (None, past):
-        arguments = (x, weight.requires_grad_(), bias, before, 1)
+        arguments = (x, weight.requires_grad_(), bias, before, None, 1, False)
         torch.library.opcheck(torch.ops.gen3r.causal_conv3d.default, arguments)
 
 

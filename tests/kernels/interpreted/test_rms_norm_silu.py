@@ -76,5 +76,24 @@ def test_opcheck() -> None:
     x, gamma = inputs((1, 6, 2, 3, 3), "last")
     torch.library.opcheck(
         torch.ops.gen3r.rms_norm_silu.default,
-        (x.requires_grad_(), gamma.requires_grad_(), True),
+        (x.requires_grad_(), gamma.requires_grad_(), True, torch.float32, x.detach()[:, :, :1]),
     )
+
+
+@pytest.mark.parametrize("memory", ["last", "first"])
+def test_frames_in_front_and_another_dtype(memory: str) -> None:
+    x, gamma = inputs((2, 24, 3, 5, 4), memory)
+    lead = arrange(torch.randn(2, 24, 2, 5, 4), memory)
+    leaves = [[t.clone().requires_grad_() for t in (x, gamma, lead)] for _ in range(2)]
+    out = rms_norm_silu(*leaves[0][:2], lead=leaves[0][2], backends=TRITON)
+    expected = rms_norm_silu_reference(*leaves[1][:2], lead=leaves[1][2])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(expected)
+    actual = torch.autograd.grad(out, leaves[0], dy)
+    for a, w in zip(actual, torch.autograd.grad(expected, leaves[1], dy), strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-4)
+    half = rms_norm_silu(x, gamma, lead=lead.half(), out_dtype=torch.float16, backends=TRITON)
+    assert half.dtype == torch.float16 and half.stride() == out.stride()
+    torch.testing.assert_close(half.float(), expected, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match=r"lead of shape .* does not fit x"):
+        rms_norm_silu(x, gamma, lead=lead[:, :, :, :1], backends=TRITON)
