@@ -21,11 +21,13 @@ SUITES = {
     "pipeline": "benchmarks.pipeline",
     "loading": "benchmarks.loading",
     "cpu": "benchmarks.cpu",
+    "fusion": "benchmarks.fusion",
     "step": "benchmarks.engine.step",
     "fidelity": "benchmarks.engine.fidelity",
     "e2e": "benchmarks.engine.e2e",
     "memory": "benchmarks.engine.memory",
     "startup": "benchmarks.engine.startup",
+    "decode": "benchmarks.decode.suite",
 }
 
 

@@ -263,7 +263,7 @@ class Gen3RPipeline:
                     geometry[row],
                     height,
                     width,
-                    point_maps=point_maps,
+                    need=stages.scene_geometry(point_maps),
                 )
                 scenes.append(to_scene(pixels, g))
             scenes[-1].info.update(scene_facts(request, self.dtype, self.device, run))

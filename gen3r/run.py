@@ -183,19 +183,19 @@ def scene_tensors(
     rgb: Tensor,  # [F, H, W, 3] uint8
     g: Geometry,  # of a batch of one
 ) -> dict[str, Tensor | None]:
-    """The arrays of a `Scene` by name, wherever they were computed."""
+    """The arrays of a `Scene` by name, wherever they were computed; None: not decoded."""
 
     def first(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[0].float()
+        return None if value is None else value[0]
 
     return {
         "rgb": rgb,
-        "depth": g.depth[0],
-        "depth_confidence": g.confidence[0],
-        "extrinsics": to_homogeneous(g.extrinsics[0]),
-        "intrinsics": g.intrinsics[0],
-        "points": g.points[0],
-        "mask": g.mask[0],
+        "depth": first(g.depth),
+        "depth_confidence": first(g.confidence),
+        "extrinsics": None if g.extrinsics is None else to_homogeneous(g.extrinsics[0]),
+        "intrinsics": first(g.intrinsics),
+        "points": first(g.points),
+        "mask": first(g.mask),
         "point_map": first(g.point_map),
         "point_confidence": first(g.point_confidence),
     }

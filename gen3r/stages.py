@@ -8,7 +8,7 @@ Source: upstream's pipeline; behaviours 4, 7, 9, 10, 11, 14.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ from gen3r.scene import Cameras, SceneRequest
 from gen3r.schedulers import Schedule
 from gen3r.transformer import Conditions, WanTransformer
 from gen3r.vggt import VGGT, bootstrap
-from gen3r.vggt.tokens import token_list
+from gen3r.vggt.tokens import token_views
+from gen3r.video_autoencoder import WORKING_GIB
 from gen3r_kernels import guidance_step, unproject
 
 VAE_STRIDE = 8  # pixels per appearance latent
@@ -65,18 +66,21 @@ def encode_control(
     video: Tensor,  # [B, 3, F, H, W] in [0, 1], black where no view is given
     tasks: Sequence[str],
     noise: Tensor,  # [B, 16, f, h, w] of the posterior draw
-) -> Tensor:  # [B, 20, f, h, 2 w] control latents and mask
+    working_gib: float = WORKING_GIB,
+) -> Tensor:  # [B, 20, f, h, 2 w] control latents and mask, dtype of the VAE's decoder
     """One draw from the posterior of the control video, the geometry half zero, and the task masks.
 
     h, w are those of `latent_grid`; a row or column that it adds repeats the last one.
+    working_gib : memory for the encoder's activations.
     """
-    dtype = next(vae.parameters()).dtype
+    dtype = vae.encoder_dtype
     # One clip at a time: the encoder's activations, not its weights, set the memory peak.
-    samples = [
-        vae.encode((clip[None] * 2 - 1).to(dtype)).sample(draw[None].to(dtype))
-        for clip, draw in zip(video, noise, strict=True)
-    ]
-    appearance = torch.cat(samples)
+    with vae.encoder_products():
+        samples = [
+            vae.encode((clip[None] * 2 - 1).to(dtype), working_gib).sample(draw[None].to(dtype))
+            for clip, draw in zip(video, noise, strict=True)
+        ]
+    appearance = torch.cat(samples).to(next(vae.model.decoder.parameters()).dtype)
     rows, columns = latent_grid(*video.shape[-2:])
     extra = (0, columns - appearance.shape[-1], 0, rows - appearance.shape[-2], 0, 0)
     appearance = F.pad(appearance, extra, mode="replicate")
@@ -190,31 +194,44 @@ def split_latents(
 def decode_appearance(
     vae: AppearanceVAE,
     latents: Tensor,  # [B, 16, f, h, w]
+    working_gib: float = WORKING_GIB,
 ) -> Tensor:  # [B, F, H, W, 3] float32 in [0, 1]
-    """RGB video of the appearance latents, one scene at a time."""
-    dtype = next(vae.parameters()).dtype
-    videos = [vae.decode(row[None].to(dtype)).float() for row in latents]
+    """RGB video of the appearance latents, one scene at a time.
+
+    working_gib : memory for the decoder's activations.
+    """
+    dtype = next(vae.model.decoder.parameters()).dtype
+    videos = [vae.decode(row[None].to(dtype), working_gib).float() for row in latents]
     return (torch.cat(videos) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+
+
+GEOMETRY = ("depth", "cameras", "points", "point_maps", "tokens")  # what can be decoded
+SCENE_GEOMETRY = frozenset({"depth", "cameras", "points"})  # what a scene is made of
+
+
+def scene_geometry(point_maps: bool = False) -> frozenset[str]:
+    """What to decode for a scene, with the point head's maps where they are asked."""
+    return SCENE_GEOMETRY | {"point_maps"} if point_maps else SCENE_GEOMETRY
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the heads read off the geometry latents.
+    """What the heads read off the geometry latents; None where it was not asked.
 
     pose_encoding : [B, F, 9]; extrinsics : [B, F, 3, 4] world to camera; intrinsics : [B, F, 3, 3]
     depth, confidence : [B, F, H, W] float32
     points : [B, F, H, W, 3] float64 world; mask : [B, F, H, W] bool
-    point_map, point_confidence : [B, F, H, W, 3] and [B, F, H, W], or None when not asked
-    tokens : [B, F, h, w, 10 C] the decoded token map, or None when not asked
+    point_map, point_confidence : [B, F, H, W, 3] and [B, F, H, W] of the point head
+    tokens : [B, F, h, w, 10 C] the decoded token map
     """
 
-    pose_encoding: Tensor
-    extrinsics: Tensor
-    intrinsics: Tensor
-    depth: Tensor
-    confidence: Tensor
-    points: Tensor
-    mask: Tensor
+    pose_encoding: Tensor | None = None
+    extrinsics: Tensor | None = None
+    intrinsics: Tensor | None = None
+    depth: Tensor | None = None
+    confidence: Tensor | None = None
+    points: Tensor | None = None
+    mask: Tensor | None = None
     point_map: Tensor | None = None
     point_confidence: Tensor | None = None
     tokens: Tensor | None = None
@@ -227,17 +244,36 @@ def decode_geometry(
     height: int,
     width: int,
     *,
-    point_maps: bool = False,
-    keep_tokens: bool = False,
+    need: Collection[str] = SCENE_GEOMETRY,
+    working_gib: float = WORKING_GIB,
 ) -> Geometry:
-    """Depth, cameras, world points and masks of the geometry latents, one scene at a time."""
-    rows = [
-        _decode_geometry(adapter, vggt, row[None], height, width, point_maps, keep_tokens)
-        for row in latents
-    ]
+    """What is asked of the geometry latents, one scene at a time; a head not needed does not run.
+
+    Parameters
+    ----------
+    need : of ``depth`` (with its confidence), ``cameras``, ``points`` (with their mask; they take
+        depth and cameras along), ``point_maps`` (the point head's), ``tokens``.
+    working_gib : memory for the adapter's activations.
+
+    Raises
+    ------
+    ValueError : a name that is none of these.
+    """
+    unknown = sorted(set(need) - set(GEOMETRY))
+    if unknown:
+        raise ValueError(
+            f"decode_geometry: {', '.join(unknown)} cannot be decoded; known: {', '.join(GEOMETRY)}"
+        )
+    wanted = frozenset(need)
+    if "points" in wanted:
+        wanted |= {"depth", "cameras"}
+    dtype = next(adapter.parameters()).dtype
+    rows = []
+    for row in latents:
+        tokens = adapter.decode(row[None].to(dtype), working_gib).permute(0, 2, 3, 4, 1)
+        rows.append(read_heads(vggt, tokens, height, width, wanted))
     if len(rows) == 1:
         return rows[0]
-
     stacked: dict[str, Any] = {}
     for name in Geometry.__dataclass_fields__:
         values = [getattr(row, name) for row in rows]
@@ -245,39 +281,37 @@ def decode_geometry(
     return Geometry(**stacked)
 
 
-def _decode_geometry(
-    adapter: GeometryAdapter,
+def read_heads(
     vggt: VGGT,
-    latents: Tensor,  # [1, 16, f, h, w]
+    tokens: Tensor,  # [1, F, h, w, 10 C], any strides
     height: int,
     width: int,
-    point_maps: bool,
-    keep_tokens: bool,
+    need: frozenset[str] = SCENE_GEOMETRY,  # with ``points`` also ``depth`` and ``cameras``
 ) -> Geometry:
-    dtype = next(adapter.parameters()).dtype
-    tokens = adapter.decode(latents.to(dtype)).permute(0, 2, 3, 4, 1)
-    layers = token_list(tokens)
-    encoding = vggt.camera_head(layers[-1])[-1].float()
-    extrinsics, intrinsics = camera_maths.decode_pose(encoding, height, width)
-    depth, confidence = vggt.depth_head(layers, height, width)
-    depth = depth.squeeze(-1).float()
-    near, far = camera_maths.depth_bounds(depth)
-    points, mask = unproject(depth, extrinsics, intrinsics, near, far, backends=adapter.backends)
-    # A field of view of 0 means an infinite focal length, whose points mean nothing.
-    finite = intrinsics.isfinite().all(-1).all(-1)
-    mask = mask & finite[..., None, None] & points.isfinite().all(-1)
-    maps: tuple[Tensor | None, Tensor | None] = (None, None)
-    if point_maps:
-        maps = vggt.point_head(layers, height, width)
-    return Geometry(
-        pose_encoding=encoding,
-        extrinsics=extrinsics,
-        intrinsics=intrinsics,
-        depth=depth,
-        confidence=confidence.float(),
-        points=points,
-        mask=mask,
-        point_map=maps[0],
-        point_confidence=maps[1],
-        tokens=tokens if keep_tokens else None,
-    )
+    """Depth, cameras, world points and masks of a decoded token map; see `decode_geometry`."""
+    found: dict[str, Tensor] = {}
+    layers, camera = token_views(tokens)
+    # The dense heads first: while they keep a GPU busy, the many small kernels of the camera head
+    # are launched behind them.
+    if "depth" in need:
+        depth, confidence = vggt.depth_head(layers, height, width, patch_start_idx=0)
+        found.update(depth=depth.squeeze(-1), confidence=confidence)
+    if "point_maps" in need:
+        maps = vggt.point_head(layers, height, width, patch_start_idx=0)
+        found.update(point_map=maps[0], point_confidence=maps[1])
+    if "cameras" in need:
+        encoding = vggt.camera_head(camera)[-1].float()
+        extrinsics, intrinsics = camera_maths.decode_pose(encoding, height, width)
+        found.update(pose_encoding=encoding, extrinsics=extrinsics, intrinsics=intrinsics)
+    if "points" in need:
+        near, far = camera_maths.depth_bounds(found["depth"])
+        points, mask = unproject(
+            found["depth"], extrinsics, intrinsics, near, far, backends=vggt.backends
+        )
+        # A field of view of 0 means an infinite focal length, whose points mean nothing.
+        finite = intrinsics.isfinite().all(-1).all(-1)
+        mask = mask & finite[..., None, None] & points.isfinite().all(-1)
+        found.update(points=points, mask=mask)
+    if "tokens" in need:
+        found["tokens"] = tokens
+    return Geometry(**found)

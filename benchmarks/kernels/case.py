@@ -41,6 +41,9 @@ class Sizes:
     side: int = 560
     # Channels, frames, side: a decoder's widest activations, one latent frame at a time.
     videos: tuple[tuple[int, int, int], ...] = ((96, 4, 560), (192, 4, 280), (384, 2, 140))
+    # VGGT: width of the dense head's maps; views, tokens, heads, head size of the aggregator.
+    features: int = 256
+    views: tuple[int, int, int, int] = (49, 1605, 16, 64)
 
     @property
     def tokens(self) -> int:
@@ -66,6 +69,8 @@ SMALL = Sizes(  # seconds on a CPU, which computes in float32
     frames=9,
     side=112,
     videos=((12, 4, 112), (24, 4, 56)),
+    features=16,
+    views=(2, 69, 4, 16),
 )
 
 

@@ -1,4 +1,4 @@
-"""rms_norm_silu and causal_conv3d: the autoencoders, one latent frame (four frames) at a time.
+"""rms_norm_silu, causal_conv3d and upsample_conv2d: the autoencoders, four frames at a time.
 
 `eager` and `compile` hold their tensors as upstream does, channels first; `library` and `gen3r`
 hold them channels last.
@@ -102,6 +102,28 @@ def build_conv(sizes: Sizes, video: Video, device: torch.device) -> Problem:
     return Problem(providers_of(functions, args), reference)
 
 
+def build_upsample(sizes: Sizes, video: Video, device: torch.device) -> Problem:
+    draw, (channels, frames, side) = Draw(device), video
+    plain = draw.normal(frames, channels, side, side, dtype=sizes.dtype)
+    scale = (9 * channels) ** -0.5
+    weight = draw.normal(channels // 2, channels, 3, 3, dtype=sizes.dtype, scale=scale)
+    bias = draw.normal(channels // 2, dtype=sizes.dtype, scale=0.1)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (plain, weight)]
+    args: dict[str, Sequence[Any]] = {"eager": (plain, weight, bias), "": (*last, bias)}
+
+    def library(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.upsample_conv2d(x, weight, bias)
+
+    def reference() -> Outputs:
+        return (ops.upsample_conv2d_reference(plain, weight, bias),)
+
+    functions: dict[str, Function] = {"eager": library, "library": library, "gen3r": ours}
+    return Problem(providers_of(functions, args), reference)
+
+
 def cases(sizes: Sizes) -> list[Case]:
     item, dtype, found = sizes.dtype.itemsize, dtype_name(sizes.dtype), []
     for backward in (False, True):
@@ -137,4 +159,20 @@ def cases(sizes: Sizes) -> list[Case]:
                 build=partial(build_conv, sizes, video),
             )
         )
+    video = sizes.videos[1]
+    channels, frames, side = video
+    pixels = frames * side * side
+    found.append(
+        Case(
+            name="upsample_conv2d",
+            shape=f"{shape_name(frames, channels, side, side)} -> {channels // 2}",
+            dtype=dtype,
+            providers=("eager", "library", "gen3r"),
+            # x, the weights and an output of half the channels and four times the pixels.
+            bytes=item * (pixels * (channels + 4 * channels // 2) + 9 * channels * channels // 2),
+            flops=2 * 9 * channels * (channels // 2) * 4 * pixels,
+            metrics=("tflops",),
+            build=partial(build_upsample, sizes, video),
+        )
+    )
     return found

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from gen3r.config import VGGTConfig
 from gen3r.vggt.aggregator import Aggregator
 from gen3r.vggt.bootstrap import bootstrap, scene_scale
 from gen3r.vggt.camera_head import CameraHead
-from gen3r.vggt.dense_head import DenseHead, inverse_log
-from gen3r.vggt.tokens import token_list, token_map
+from gen3r.vggt.dense_head import DenseHead
+from gen3r.vggt.tokens import token_list, token_map, token_views
 from gen3r_kernels import Backends
 
-__all__ = ["VGGT", "bootstrap", "scene_scale", "token_list", "token_map"]
+__all__ = ["VGGT", "bootstrap", "scene_scale", "token_list", "token_map", "token_views"]
 
 
 class VGGT(nn.Module):
@@ -30,7 +29,8 @@ class VGGT(nn.Module):
     def __init__(self, config: VGGTConfig, backends: Backends) -> None:
         super().__init__()
         self.config = config
+        self.backends = backends
         self.aggregator = Aggregator(config, backends)
         self.camera_head = CameraHead(config)
-        self.point_head = DenseHead(config, 3, inverse_log)
-        self.depth_head = DenseHead(config, 1, torch.exp)
+        self.point_head = DenseHead(config, 3, exponential=False, backends=backends)
+        self.depth_head = DenseHead(config, 1, exponential=True, backends=backends)

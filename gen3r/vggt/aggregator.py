@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gen3r.config import VGGTConfig
-from gen3r.vggt.layers import Block, RopeTables, rope_tables
+from gen3r.vggt.layers import Block, PlaneTables, rope_tables
 from gen3r.vggt.vit import VisionTransformer
 from gen3r_kernels import Backends
 
@@ -76,7 +76,7 @@ class Aggregator(nn.Module):
         normalised = torch.stack([(c - mean) / std for c, mean, std in channels], dim=1)
         return self.patch_embed(normalised.to(self.camera_token.dtype))
 
-    def _rope(self, rows: int, columns: int, device: torch.device) -> RopeTables:
+    def _rope(self, rows: int, columns: int, device: torch.device) -> PlaneTables:
         """Tables of one view: special tokens stay unrotated (position 0), patches start at 1."""
         patches = torch.cartesian_prod(
             torch.arange(1, rows + 1, device=device), torch.arange(1, columns + 1, device=device)
@@ -108,12 +108,11 @@ class Aggregator(nn.Module):
         x = torch.cat([special.expand(batch, -1, -1, -1), patches], dim=2)
         size = self.config.patch_size
         rope = self._rope(images.shape[3] // size, images.shape[4] // size, images.device)
-        rope_all = (rope[0].repeat(views, 1), rope[1].repeat(views, 1))
 
         kept: dict[int, Tensor] = {}
         for layer in range(max(wanted, default=-1) + 1):
             frame = self.frame_blocks[layer](x.flatten(0, 1), rope).unflatten(0, (batch, views))
-            x = self.global_blocks[layer](frame.flatten(1, 2), rope_all).view_as(frame)
+            x = self.global_blocks[layer](frame.flatten(1, 2), rope).view_as(frame)
             if layer in wanted:
                 kept[layer] = torch.cat([frame, x], dim=-1)
         return [kept[layer] for layer in wanted]

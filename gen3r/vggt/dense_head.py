@@ -1,19 +1,36 @@
-"""VGGT's dense heads: depth and point maps from four token lists (DPT, arXiv 2103.13413)."""
+"""VGGT's dense heads: depth and point maps from four token lists (DPT, arXiv 2103.13413).
+
+17 TFLOP for 49 frames of 560 x 560, nearly all in the 3x3 convolutions of the decoder
+(`dense_decoder`) and behind it. On a GPU every map is channels-last in memory, as tokens are anyway
+and as the convolutions want it; the last layer computes the activations too (`dense_output`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gen3r.config import VGGTConfig
+from gen3r.vggt.dense_decoder import Scratch
+from gen3r.video_autoencoder import arranged, memory_format
+from gen3r_kernels import (
+    Backends,
+    add_position,
+    conv2d_add_relu,
+    dense_output,
+    layer_norm_modulate,
+    resize_bilinear,
+)
 
-LAST_FEATURES = 32
 POSITION_GAIN = 0.1
 POSITION_FREQUENCY = 100.0
-FRAMES_PER_CHUNK = 8  # at 560 x 560 a frame needs about 80 MB per full-size bf16 feature map
+CHUNK_GIB = 1.25  # of activations at once: 13 frames of 560 x 560 in bf16
+
+PositionTables = tuple[Tensor, Tensor]  # by column [w, C / 2] and by row [h, C / 2], float32
 
 
 def inverse_log(x: Tensor) -> Tensor:
@@ -34,108 +51,39 @@ def plane_coordinates(
     return axis(columns, aspect), axis(rows, 1.0)
 
 
-def _sines(coordinates: Tensor, channels: int) -> Tensor:  # [N] to [channels, N] float32
-    half = torch.arange(channels // 2, device=coordinates.device, dtype=torch.float64)
-    omega = POSITION_FREQUENCY ** -(half / (channels / 2))
-    angles = omega[:, None] * coordinates.double()
-    return torch.cat([angles.sin(), angles.cos()]).float()
+def position_tables(
+    grid: tuple[int, int], channels: int, aspect: float, device: torch.device
+) -> PositionTables:
+    """The weak sinusoidal position signal: half of the channels for x, half for y."""
+    frequencies = channels // 4
+    half = torch.arange(frequencies, device=device, dtype=torch.float64)
+    omega = POSITION_FREQUENCY ** -(half / frequencies)
+
+    def sines(coordinates: Tensor) -> Tensor:  # [N] to [N, channels / 2]
+        angles = coordinates.double()[:, None] * omega
+        return (POSITION_GAIN * torch.cat([angles.sin(), angles.cos()], dim=1)).float()
+
+    across, down = plane_coordinates(*grid, aspect, device)
+    return sines(across), sines(down)
 
 
-def add_position(
-    x: Tensor,  # [N, C, h, w]
-    aspect: float,
-) -> Tensor:  # [N, C, h, w], dtype of x
-    """Add the weak sinusoidal position signal: half of the channels for x, half for y."""
-    channels, rows, columns = x.shape[1:]
-    across, down = plane_coordinates(rows, columns, aspect, x.device)
-    horizontal = _sines(across, channels // 2)[:, None, :].expand(-1, rows, -1)
-    vertical = _sines(down, channels // 2)[:, :, None].expand(-1, -1, columns)
-    return x + (POSITION_GAIN * torch.cat([horizontal, vertical])).to(x.dtype)
+def chunk_frames(
+    frames: int, height: int, width: int, features: int, itemsize: int, budget_gib: float
+) -> int:
+    """Frames to decode at once, in chunks of nearly one size.
 
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:  # [N, C, h, w] to [N, C, *size]
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
-
-class ResidualUnit(nn.Module):
-    """conv(relu(conv(relu(x)))) + relu(x).
-
-    The skip carries relu(x), not x: upstream's first ReLU works in place (behaviour 1).
+    At the peak a frame holds 5/8 of `features` numbers a pixel (measured at 560 x 560: 0.094 GiB).
     """
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(features, features, 3, padding=1)
-        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, C, h, w] to [N, C, h, w]
-        x = F.relu(x)
-        return self.conv2(F.relu(self.conv1(x))) + x
+    frame = height * width * features * itemsize * 5 / 8
+    most = max(1, int(budget_gib * 2**30 / frame))
+    return -(-frames // -(-frames // most))
 
 
-class Fusion(nn.Module):
-    """Join a coarse map with the features of the next finer level, then enlarge.
-
-    Without `skip` (the coarsest level) there is no unit for a second input.
-    """
-
-    def __init__(self, features: int, skip: bool = True) -> None:
-        super().__init__()
-        if skip:
-            self.resConfUnit1 = ResidualUnit(features)
-        self.resConfUnit2 = ResidualUnit(features)
-        self.out_conv = nn.Conv2d(features, features, 1)
-
-    def forward(
-        self,
-        x: Tensor,  # [N, C, h, w]
-        skip: Tensor | None,  # [N, C, h, w]
-        size: tuple[int, int],
-    ) -> Tensor:  # [N, C, *size]
-        if skip is not None:
-            x = x + self.resConfUnit1(skip)
-        return self.out_conv(_resize(self.resConfUnit2(x), size))
-
-
-class Scratch(nn.Module):
-    """The convolutional decoder: four levels brought to one width and fused from coarse to fine."""
-
-    def __init__(self, config: VGGTConfig, outputs: int) -> None:
-        super().__init__()
-        features = config.features
-        first, second, third, fourth = config.out_channels
-        self.layer1_rn = nn.Conv2d(first, features, 3, padding=1, bias=False)
-        self.layer2_rn = nn.Conv2d(second, features, 3, padding=1, bias=False)
-        self.layer3_rn = nn.Conv2d(third, features, 3, padding=1, bias=False)
-        self.layer4_rn = nn.Conv2d(fourth, features, 3, padding=1, bias=False)
-        self.refinenet1 = Fusion(features)
-        self.refinenet2 = Fusion(features)
-        self.refinenet3 = Fusion(features)
-        self.refinenet4 = Fusion(features, skip=False)
-        self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        self.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, LAST_FEATURES, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(LAST_FEATURES, outputs, 1),
-        )
-
-    def fuse(
-        self,
-        levels: Sequence[Tensor],  # 4 of [N, C_i, h_i, w_i], finest first
-    ) -> Tensor:  # [N, features / 2, 2 h_0, 2 w_0]
-        one, two, three, four = (
-            rn(level)
-            for rn, level in zip(
-                (self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn),
-                levels,
-                strict=True,
-            )
-        )
-        x = self.refinenet4(four, None, three.shape[-2:])
-        x = self.refinenet3(x, three, two.shape[-2:])
-        x = self.refinenet2(x, two, one.shape[-2:])
-        x = self.refinenet1(x, one, (2 * one.shape[-2], 2 * one.shape[-1]))
-        return self.output_conv1(x)
+def arrange_convolutions(head: nn.Module, _: object = None) -> None:
+    """Put the convolutions' weights into channels-last memory where the maps will be so."""
+    assert isinstance(head, DenseHead)
+    for parameter in head.parameters():
+        parameter.data = arranged(parameter.data, head.backends)
 
 
 class DenseHead(nn.Module):
@@ -143,9 +91,9 @@ class DenseHead(nn.Module):
 
     Parameters
     ----------
-    channels : values per pixel (1 for depth, 3 for points); one more output is the confidence.
-    activation : applied to the values in float32 (`torch.exp` for depth, `inverse_log` for points);
-        the confidence is 1 + exp(raw).
+    channels : values per pixel (1 for depth, 3 for points); one more output is the confidence,
+        1 + exp(raw).
+    exponential : values are exp(raw) (depth), else `inverse_log` of it (points); in float32.
 
     Raises
     ------
@@ -153,7 +101,7 @@ class DenseHead(nn.Module):
     """
 
     def __init__(
-        self, config: VGGTConfig, channels: int, activation: Callable[[Tensor], Tensor]
+        self, config: VGGTConfig, channels: int, exponential: bool, backends: Backends
     ) -> None:
         super().__init__()
         if config.features % 8 or any(out % 4 for out in config.out_channels):
@@ -162,7 +110,8 @@ class DenseHead(nn.Module):
                 f"{config.out_channels} multiples of 4"
             )
         self.config = config
-        self.activation = activation
+        self.exponential = exponential
+        self.backends = backends
         width = 2 * config.embed_dim
         first, second, _, fourth = outs = config.out_channels
         self.norm = nn.LayerNorm(width)
@@ -176,6 +125,13 @@ class DenseHead(nn.Module):
             ]
         )
         self.scratch = Scratch(config, channels + 1)
+        self.register_load_state_dict_post_hook(arrange_convolutions)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()`, `.cuda()`, `.bfloat16()` and the like go through."""
+        module = super()._apply(fn, recurse)
+        arrange_convolutions(self)
+        return module
 
     def forward(
         self,
@@ -183,11 +139,12 @@ class DenseHead(nn.Module):
         height: int,
         width: int,
         patch_start_idx: int = 5,
-        frames_per_chunk: int = FRAMES_PER_CHUNK,
+        frames_per_chunk: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # values [B, S, H, W, channels], confidence [B, S, H, W], float32
-        """Decode the maps, `frames_per_chunk` frames at a time to bound memory.
+        """Decode the maps, `frames_per_chunk` frames at a time; None: what `CHUNK_GIB` holds.
 
-        Entries of `tokens` beyond the fourth (the camera head's layer) are ignored.
+        Entries of `tokens` beyond the fourth (the camera head's layer) are ignored, and so are the
+        first `patch_start_idx` tokens of a view: 0 for lists of patch tokens alone.
 
         Raises
         ------
@@ -203,23 +160,79 @@ class DenseHead(nn.Module):
             )
         batch, views = tokens[0].shape[:2]
         flat = [t.flatten(0, 1)[:, patch_start_idx:] for t in tokens[:4]]
-        step = max(1, frames_per_chunk)
+        sizes = (batch * views, height, width, self.config.features)
+        step = frames_per_chunk or chunk_frames(*sizes, flat[0].element_size(), CHUNK_GIB)
+        positions = self._positions((rows, columns), width / height, flat[0].device)
         chunks = [
-            self._decode([t[i : i + step] for t in flat], height, width)
+            self._decode([t[i : i + step] for t in flat], (rows, columns), positions)
             for i in range(0, batch * views, step)
         ]
-        raw = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-        raw = raw.unflatten(0, (batch, views))
-        return self.activation(raw[..., :-1]), 1 + raw[..., -1].exp()
+        values, confidence = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        values = values.unflatten(0, (batch, views))
+        if not self.exponential:
+            values = inverse_log(values)
+        return values, confidence.unflatten(0, (batch, views))
 
-    def _decode(self, patches: list[Tensor], height: int, width: int) -> Tensor:
-        """Four [N, h * w, 2 C] lists to raw outputs [N, H, W, channels + 1] float32."""
-        patch, aspect = self.config.patch_size, width / height
-        grid = (height // patch, width // patch)
-        levels = []
-        for x, project, resize in zip(patches, self.projects, self.resize_layers, strict=True):
-            plane = self.norm(x).transpose(1, 2).unflatten(2, grid)
-            levels.append(resize(add_position(project(plane), aspect)))
-        x = _resize(self.scratch.fuse(levels), (grid[0] * patch, grid[1] * patch))
-        x = self.scratch.output_conv2(add_position(x, aspect))
-        return x.permute(0, 2, 3, 1).float()
+    def _positions(
+        self, grid: tuple[int, int], aspect: float, device: torch.device
+    ) -> list[PositionTables]:
+        """Tables of the four projections, then of the full-size map."""
+        found = {
+            channels: position_tables(grid, channels, aspect, device)
+            for channels in set(self.config.out_channels)
+        }
+        patch, last = self.config.patch_size, self.config.features // 2
+        full = position_tables((grid[0] * patch, grid[1] * patch), last, aspect, device)
+        return [*(found[channels] for channels in self.config.out_channels), full]
+
+    def _decode(
+        self,
+        patches: Sequence[Tensor],  # 4 of [N, h * w, 2 C], any strides
+        grid: tuple[int, int],
+        positions: Sequence[PositionTables],
+    ) -> tuple[Tensor, Tensor]:  # [N, H, W, channels], [N, H, W] float32
+        levels = [
+            resize(self._project(x, project, grid, position))
+            for x, project, resize, position in zip(
+                patches, self.projects, self.resize_layers, positions[:4], strict=True
+            )
+        ]
+        patch, backends = self.config.patch_size, self.backends
+        # A constant passes through a resize: the bias is added with the position signal.
+        bias = self.scratch.output_conv1.bias
+        assert bias is not None
+        across, down = (
+            table + half.to(table) for table, half in zip(positions[4], bias.chunk(2), strict=True)
+        )
+        x = resize_bilinear(
+            self.scratch.fuse(levels, backends),
+            (grid[0] * patch, grid[1] * patch),
+            position=(across, down),
+            backends=backends,
+        )
+        hidden, _, last = self.scratch.output_conv2
+        assert isinstance(hidden, nn.Conv2d) and isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        x = conv2d_add_relu(x, hidden.weight, hidden.bias, relu=True, backends=backends)
+        return dense_output(
+            x, last.weight.flatten(1), last.bias, exponential=self.exponential, backends=backends
+        )
+
+    def _project(
+        self, x: Tensor, project: nn.Module, grid: tuple[int, int], position: PositionTables
+    ) -> Tensor:
+        """Tokens [N, h * w, 2 C] to a map [N, C_i, h, w] with positions added."""
+        assert isinstance(project, nn.Conv2d)
+        normed = layer_norm_modulate(
+            x,
+            weight=self.norm.weight,
+            bias=self.norm.bias,
+            eps=self.norm.eps,
+            out_dtype=x.dtype,
+            backends=self.backends,
+        )
+        assert isinstance(normed, Tensor)
+        rows = F.linear(normed, project.weight.flatten(1), project.bias).unflatten(1, grid)
+        plane = add_position(rows.permute(0, 3, 1, 2), position)
+        # Where no kernels run (on a CPU) the library is faster on channels-first memory.
+        return plane if memory_format(plane, self.backends) is not None else plane.contiguous()

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gen3r_kernels import Backends, attention
+from gen3r_kernels import Backends, attention, layer_norm_rope
 
 MLP_RATIO = 4
 
-RopeTables = tuple[Tensor, Tensor]  # cos and sin, both [N, D] float32
+PlaneTables = tuple[Tensor, Tensor]  # cos and sin, both [N, D] float32
 
 
 def rope_tables(
     positions: Tensor,  # [N, 2] integer (row, column)
     head_dim: int,
     frequency: float = 100.0,
-) -> RopeTables:  # [N, head_dim] float32 each
+) -> PlaneTables:  # [N, head_dim] float32 each
     """Rotary tables over a plane: a head's first half turns with the row, its second the column.
 
     Within each half of width h, channels i and i + h/2 form a pair that turns by
@@ -39,18 +39,6 @@ def rope_tables(
     return angles.cos(), angles.sin()
 
 
-def apply_rope(
-    x: Tensor,  # [B, N, H, D]
-    tables: RopeTables,
-) -> Tensor:  # [B, N, H, D], dtype of x; computed in float32
-    """Rotate the heads of a sequence by its tables."""
-    cos, sin = (t[:, None, :] for t in tables)
-    wide = x.float()
-    first, second = wide.unflatten(-1, (2, 2, -1)).unbind(-2)
-    turned = torch.stack([-second, first], dim=-2).flatten(-3)
-    return (wide * cos + turned * sin).to(x.dtype)
-
-
 class LayerScale(nn.Module):
     """A learned gain per channel on a residual branch (arXiv 2103.17239)."""
 
@@ -58,8 +46,13 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), value))
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., C] to [..., C]
-        return x * self.gamma
+    def forward(
+        self,
+        x: Tensor,  # [..., C]
+        branch: Tensor,  # [..., C]
+    ) -> Tensor:  # [..., C]
+        """x + branch * gain, in one pass."""
+        return torch.addcmul(x, branch, self.gamma)
 
 
 class Mlp(nn.Module):
@@ -75,26 +68,37 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with a fused projection; optionally normalised queries and keys."""
+    """Multi-head attention with a fused projection.
+
+    qk_norm : queries and keys are normalised and turned; `forward` then needs the rotary tables.
+    """
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, backends: Backends) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.backends = backends
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm: nn.Module = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        if qk_norm:
+            self.q_norm = nn.LayerNorm(dim // num_heads)
+            self.k_norm = nn.LayerNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(
         self,
         x: Tensor,  # [B, N, C]
-        rope: RopeTables | None = None,
+        rope: PlaneTables | None = None,  # of one view, where N is several
     ) -> Tensor:  # [B, N, C]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k = layer_norm_rope(
+                q,
+                k,
+                (self.q_norm.weight, self.q_norm.bias),
+                (self.k_norm.weight, self.k_norm.bias),
+                rope,
+                eps=self.q_norm.eps,
+                backends=self.backends,
+            )
         return self.proj(attention(q, k, v, self.backends).flatten(2))
 
 
@@ -130,7 +134,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, N, C]
-        rope: RopeTables | None = None,
+        rope: PlaneTables | None = None,
     ) -> Tensor:  # [B, N, C]
-        x = x + self.ls1(self.attn(self.norm1(x), rope))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = self.ls1(x, self.attn(self.norm1(x), rope))
+        return self.ls2(x, self.mlp(self.norm2(x)))

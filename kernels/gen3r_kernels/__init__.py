@@ -15,7 +15,9 @@ from gen3r_kernels.attention_8bit import (
 )
 from gen3r_kernels.backends import ATTENTION_BACKENDS, AttentionBackend, Backends
 from gen3r_kernels.causal_conv3d import causal_conv3d, causal_conv3d_reference
+from gen3r_kernels.conv2d_add_relu import conv2d_add_relu, conv2d_add_relu_reference
 from gen3r_kernels.cross_attention import cross_attention, cross_attention_reference
+from gen3r_kernels.dense_output import dense_output, dense_output_reference
 from gen3r_kernels.gated_residual import gated_residual, gated_residual_reference
 from gen3r_kernels.guidance_step import (
     EulerStep,
@@ -24,8 +26,11 @@ from gen3r_kernels.guidance_step import (
     guidance_step_reference,
 )
 from gen3r_kernels.layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_reference
+from gen3r_kernels.layer_norm_rope import layer_norm_rope, layer_norm_rope_reference
 from gen3r_kernels.linear import linear, linear_reference
 from gen3r_kernels.linear_fp8 import linear_fp8_reference
+from gen3r_kernels.neighbor_distance import neighbor_distance, neighbor_distance_reference
+from gen3r_kernels.neighbor_index import NeighborIndex, build_index
 from gen3r_kernels.quantize import (
     QuantizedWeight,
     dequantize,
@@ -34,6 +39,11 @@ from gen3r_kernels.quantize import (
     quantize_weight,
 )
 from gen3r_kernels.quantized import Quantized
+from gen3r_kernels.resize_bilinear import (
+    add_position,
+    resize_bilinear,
+    resize_bilinear_reference,
+)
 from gen3r_kernels.rms_norm_rope import (
     rms_norm,
     rms_norm_reference,
@@ -47,6 +57,8 @@ from gen3r_kernels.rms_norm_rope_int8 import (
 )
 from gen3r_kernels.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
 from gen3r_kernels.unproject import unproject, unproject_reference
+from gen3r_kernels.upsample_conv2d import upsample_conv2d, upsample_conv2d_reference
+from gen3r_kernels.voxel_average import voxel_average, voxel_average_reference
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -54,17 +66,24 @@ __all__ = [
     "Backends",
     "EulerStep",
     "MultistepStep",
+    "NeighborIndex",
     "Quantized",
     "QuantizedWeight",
+    "add_position",
     "attention",
     "attention_8bit_reference",
     "attention_quantized",
     "attention_quantized_reference",
     "attention_reference",
+    "build_index",
     "causal_conv3d",
     "causal_conv3d_reference",
+    "conv2d_add_relu",
+    "conv2d_add_relu_reference",
     "cross_attention",
     "cross_attention_reference",
+    "dense_output",
+    "dense_output_reference",
     "dequantize",
     "gated_residual",
     "gated_residual_reference",
@@ -72,13 +91,19 @@ __all__ = [
     "guidance_step_reference",
     "layer_norm_modulate",
     "layer_norm_modulate_reference",
+    "layer_norm_rope",
+    "layer_norm_rope_reference",
     "linear",
     "linear_fp8_reference",
     "linear_reference",
+    "neighbor_distance",
+    "neighbor_distance_reference",
     "quantize",
     "quantize_attention",
     "quantize_reference",
     "quantize_weight",
+    "resize_bilinear",
+    "resize_bilinear_reference",
     "rms_norm",
     "rms_norm_reference",
     "rms_norm_rope",
@@ -90,4 +115,8 @@ __all__ = [
     "rope_key_mean",
     "unproject",
     "unproject_reference",
+    "upsample_conv2d",
+    "upsample_conv2d_reference",
+    "voxel_average",
+    "voxel_average_reference",
 ]

@@ -55,7 +55,7 @@ def kernel_for(
     capability: tuple[int, int],
 ) -> str:
     """Which forward kernel the backend ``triton`` runs: "hopper" or "portable"."""
-    fits = shape[-1] == 128 and dtype in HALF and shape[1] >= 128 and shape[2] >= 128
+    fits = shape[-1] in (64, 128) and dtype in HALF and shape[1] >= 128 and shape[2] >= 128
     return "hopper" if capability == HOPPER and fits else "portable"
 
 

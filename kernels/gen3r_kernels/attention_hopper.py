@@ -1,12 +1,19 @@
 """Attention forward for Hopper (compute capability 9.0), written in Gluon.
 
-o = softmax(q k^T / sqrt(D)) v for q [B, Sq, H, D], k, v [B, Sk, H, D], D = 128; 4 B H Sq Sk D
-operations, at the real size (B 2, S 31,850, H 12) 12.5 TFLOP: 16.7 ms at the 746 TFLOP/s that bf16
-products reach on an H100. Scores may also be formed from 8-bit q and k (see `attention_8bit`).
+o = softmax(q k^T / sqrt(D)) v for q [B, Sq, H, D], k, v [B, Sk, H, D], D = 128 or 64; 4 B H Sq Sk D
+operations, at the real size (B 2, S 31,850, H 12, D 128) 12.5 TFLOP: 16.7 ms at the 746 TFLOP/s
+that bf16 products reach on an H100. Scores may also be formed from 8-bit q and k (see
+`attention_8bit`).
 
 A program computes 128 query rows: one warp fetches blocks of 128 keys and values with TMA, two
 warpgroups of 240 registers a thread own 64 rows each. A warpgroup keeps two products in flight: the
 scores of block i and the output of block i - 1; the softmax of block i runs behind the latter.
+
+At D = 64 (VGGT: [1, 78645, 16, 64], 25.3 TFLOP) the output takes half the registers, and three
+warpgroups of 160 share a block: 590 TFLOP/s against 547 with two (FlashAttention-3 538, cuDNN 431).
+There the exponentials, of which a multiprocessor computes 16 a cycle, take as long as the products:
+both bounds are 27 to 32 ms, 43 are seen. A quarter of the exponentials as polynomials on the
+multiply-add units, which relieves the former, costs more instructions than it saves time (530).
 
 What makes it fast is what is not in the loop. Softmax does not depend on the number that is taken
 off the scores, it only must keep exp2 within float32's range. So the row maximum of the first block
@@ -34,19 +41,36 @@ from gen3r_kernels.attention_hopper_kernel import attention_kernel
 from gen3r_kernels.attention_triton import LOG2_E
 from gen3r_kernels.dispatch import CompileCase
 
-HEAD_DIM = 128
-ROWS = 128  # query rows of a program
+HEAD_DIM = 128  # the only head size of 8-bit scores
+HEAD_DIMS = (64, 128)
+GROUP_ROWS = 64  # query rows of a warpgroup
+SHORT = 4096  # keys
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of the kernel: keys of a block, and buffers of k and v in shared memory (227 KB).
+    """Tile of the kernel.
 
-    8-bit keys leave room for three buffers, which made whole calls no faster (docs/measured.md).
+    block, stages : keys of a block, and buffers of k and v in shared memory (227 KB). 8-bit keys
+        leave room for three buffers, which made whole calls no faster (docs/measured.md).
+    groups : warpgroups that multiply, 64 query rows each.
     """
 
     block: int = 128
     stages: int = 2
+    groups: int = 2
+
+    @classmethod
+    def for_shape(cls, head_dim: int, keys: int) -> HopperConfig:
+        """The fastest on an H100. Short sequences fill blocks of 64 better."""
+        if head_dim == 64:
+            return cls(64 if keys < SHORT else 128, 4, 3)
+        return cls()
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a program."""
+        return GROUP_ROWS * self.groups
 
 
 _GLUON = {
@@ -57,12 +81,14 @@ _GLUON = {
 }
 
 
-def tile_layout(rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, HEAD_DIM], _GLUON[dtype])
+def tile_layout(rows: int, dtype: torch.dtype, head_dim: int = HEAD_DIM) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, head_dim], _GLUON[dtype])
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [1, rows, 1, HEAD_DIM], tile_layout(rows, x.dtype))
+    head_dim = x.shape[3]
+    layout = tile_layout(rows, x.dtype, head_dim)
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, head_dim], layout)
 
 
 def fetchable(x: Tensor) -> Tensor:
@@ -76,11 +102,15 @@ def fetchable(x: Tensor) -> Tensor:
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     fits = q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and k.shape == v.shape
-    if not fits or q.shape[3] != HEAD_DIM or 0 in q.shape or 0 in k.shape:
+    if not fits or q.shape[3] not in HEAD_DIMS or 0 in q.shape or 0 in k.shape:
         raise ValueError(
             f"attention_hopper: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
-            f"expected [B, Sq, H, {HEAD_DIM}] and twice [B, Sk, H, {HEAD_DIM}]; other head sizes "
-            "run on attention_triton"
+            "expected [B, Sq, H, D] and twice [B, Sk, H, D] with D 64 or 128; other head sizes run "
+            "on attention_triton"
+        )
+    if q.element_size() == 1 and q.shape[3] != HEAD_DIM:
+        raise ValueError(
+            f"attention_hopper: 8-bit scores of head size {q.shape[3]}; only {HEAD_DIM} is possible"
         )
     if v.dtype not in (torch.bfloat16, torch.float16) or q.dtype != k.dtype:
         raise ValueError(
@@ -90,13 +120,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def launch_hopper(
-    q: Tensor,  # [B, Sq, H, 128] bfloat16, float16, int8 or float8_e4m3fn
-    k: Tensor,  # [B, Sk, H, 128], dtype of q
-    v: Tensor,  # [B, Sk, H, 128] bfloat16 or float16
+    q: Tensor,  # [B, Sq, H, D] bfloat16, float16, int8 or float8_e4m3fn; D 128, in 16 bit also 64
+    k: Tensor,  # [B, Sk, H, D], dtype of q
+    v: Tensor,  # [B, Sk, H, D] bfloat16 or float16
     q_scale: Tensor | None = None,  # [B, H, Sq] float32, 8-bit q only
     k_scale: Tensor | None = None,  # [B, H, ceil(Sk / 128)] float32, 8-bit k only
-) -> tuple[Tensor, Tensor]:  # [B, Sq, H, 128] dtype of v, [B, H, Sq] float32
-    """Run the kernel; with scales the scores are q k^T * q_scale * k_scale / sqrt(128).
+    config: HopperConfig | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, Sq, H, D] dtype of v, [B, H, Sq] float32
+    """Run the kernel; with scales the scores are q k^T * q_scale * k_scale / sqrt(D).
 
     Raises
     ------
@@ -104,9 +135,9 @@ def launch_hopper(
     """
     _check(q, k, v)
     bit8 = q.element_size() == 1
-    config = HopperConfig()
-    batch, length, heads, _ = q.shape
+    batch, length, heads, head_dim = q.shape
     keys = k.shape[1]
+    config = config or HopperConfig.for_shape(head_dim, keys)
     if bit8 and (q_scale is None or k_scale is None):
         raise ValueError("attention_hopper: 8-bit q and k need q_scale and k_scale")
     if bit8 and k_scale is not None and k_scale.shape[2] != -(-keys // config.block):
@@ -116,15 +147,15 @@ def launch_hopper(
         )
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    programs = -(-length // ROWS) * heads * batch
-    flags = torch.empty(2 * programs, dtype=torch.int32, device=q.device)
+    programs = -(-length // config.rows) * heads * batch
+    flags = torch.empty(config.groups * programs, dtype=torch.int32, device=q.device)
     descriptors = (
-        _descriptor(fetchable(q), ROWS // 2),
+        _descriptor(fetchable(q), GROUP_ROWS),
         _descriptor(fetchable(k), config.block),
         _descriptor(fetchable(v), config.block),
     )
     scales = (lse, lse) if q_scale is None else (q_scale.contiguous(), k_scale.contiguous())  # type: ignore[union-attr]
-    numbers = (*out.stride()[:3], heads, length, keys, LOG2_E.value / math.sqrt(HEAD_DIM))
+    numbers = (*out.stride()[:3], heads, length, keys, LOG2_E.value / math.sqrt(head_dim))
 
     def run(online: bool, only_flagged: bool) -> None:
         attention_kernel[(programs,)](
@@ -136,7 +167,8 @@ def launch_hopper(
             *numbers,
             BLOCK=config.block,
             STAGES=config.stages,
-            D=HEAD_DIM,
+            GROUPS=config.groups,
+            D=head_dim,
             BIT8=bit8,
             ONLINE=online,
             ONLY_FLAGGED=only_flagged,
@@ -153,10 +185,10 @@ def launch_hopper(
 
 
 def attention_hopper(
-    q: Tensor,  # [B, Sq, H, 128] bfloat16 or float16
-    k: Tensor,  # [B, Sk, H, 128]
-    v: Tensor,  # [B, Sk, H, 128]
-) -> tuple[Tensor, Tensor]:  # [B, Sq, H, 128], [B, H, Sq] float32
+    q: Tensor,  # [B, Sq, H, D] bfloat16 or float16, D 64 or 128
+    k: Tensor,  # [B, Sk, H, D]
+    v: Tensor,  # [B, Sk, H, D]
+) -> tuple[Tensor, Tensor]:  # [B, Sq, H, D], [B, H, Sq] float32
     """Attention and the natural logarithm of the softmax's denominator; see the module.
 
     Raises
@@ -169,14 +201,18 @@ def attention_hopper(
 def compile_cases() -> list[CompileCase]:
     """Every form of the kernel that `launch_hopper` runs."""
     forms = [
-        (torch.bfloat16, torch.bfloat16, False, False),
-        (torch.bfloat16, torch.bfloat16, True, True),
-        (torch.float16, torch.float16, True, False),
-        (torch.int8, torch.bfloat16, False, False),
-        (torch.int8, torch.bfloat16, True, True),
-        (torch.float8_e4m3fn, torch.bfloat16, False, False),
-        (torch.float8_e4m3fn, torch.bfloat16, True, True),
+        (128, torch.bfloat16, torch.bfloat16, False, False),
+        (128, torch.bfloat16, torch.bfloat16, True, True),
+        (128, torch.float16, torch.float16, True, False),
+        (128, torch.int8, torch.bfloat16, False, False),
+        (128, torch.int8, torch.bfloat16, True, True),
+        (128, torch.float8_e4m3fn, torch.bfloat16, False, False),
+        (128, torch.float8_e4m3fn, torch.bfloat16, True, True),
+        (64, torch.bfloat16, torch.bfloat16, False, False),
+        (64, torch.bfloat16, torch.bfloat16, True, True),
+        (64, torch.float16, torch.float16, True, False),
     ]
+    lengths = {64: (SHORT, 128), 128: (SHORT,)}
     names = {
         torch.bfloat16: "bf16",
         torch.float16: "fp16",
@@ -184,17 +220,19 @@ def compile_cases() -> list[CompileCase]:
         torch.float8_e4m3fn: "fp8e4nv",
     }
 
-    def described(dtype: torch.dtype, rows: int) -> str:
-        shape = f"1, {rows}, 1, {HEAD_DIM}"
-        return f"tensordesc<{names[dtype]}[{shape}],{tile_layout(rows, dtype)!r}>"
+    def described(dtype: torch.dtype, rows: int, head_dim: int) -> str:
+        shape = f"1, {rows}, 1, {head_dim}"
+        return f"tensordesc<{names[dtype]}[{shape}],{tile_layout(rows, dtype, head_dim)!r}>"
 
     cases = []
-    for qk_dtype, dtype, online, only_flagged in forms:
-        config = HopperConfig()
+    for (head_dim, qk_dtype, dtype, online, only_flagged), keys in [
+        (form, keys) for form in forms for keys in lengths[form[0]]
+    ]:
+        config = HopperConfig.for_shape(head_dim, keys)
         signature = {
-            "desc_q": described(qk_dtype, ROWS // 2),
-            "desc_k": described(qk_dtype, config.block),
-            "desc_v": described(dtype, config.block),
+            "desc_q": described(qk_dtype, GROUP_ROWS, head_dim),
+            "desc_k": described(qk_dtype, config.block, head_dim),
+            "desc_v": described(dtype, config.block, head_dim),
             "o_ptr": f"*{names[dtype]}",
             **dict.fromkeys(("lse_ptr",), "*fp32"),
             "flag_ptr": "*i32",
@@ -205,13 +243,14 @@ def compile_cases() -> list[CompileCase]:
         constexprs = {
             "BLOCK": config.block,
             "STAGES": config.stages,
-            "D": HEAD_DIM,
+            "GROUPS": config.groups,
+            "D": head_dim,
             "BIT8": qk_dtype.itemsize == 1,
             "ONLINE": online,
             "ONLY_FLAGGED": only_flagged,
             "DTYPE": _GLUON[dtype],
         }
-        name = f"attention_hopper {names[qk_dtype]}{' online' if online else ''}"
+        name = f"{head_dim} {names[qk_dtype]} {config.block}{' online' if online else ''}"
         options = {"num_warps": 4}
         cases.append(
             CompileCase(name, attention_kernel, signature, constexprs, options, gluon=True)

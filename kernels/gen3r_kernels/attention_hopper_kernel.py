@@ -32,14 +32,14 @@ def fast_exp2(x):
 @gluon.jit
 def _fetch(
     desc_q, desc_k, desc_v, q_smem, k_smem, v_smem, bars, batch, head, row, blocks,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """The producer: q once, then blocks of k and v into STAGES buffers each."""
     q_full, k_full, k_free, v_full, v_free = bars
-    for half in gl.static_range(2):
-        mbarrier.expect(q_full.index(half), desc_q.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        mbarrier.expect(q_full.index(group), desc_q.block_type.nbytes)
         async_load(
-            desc_q, [batch, row + half * 64, head, 0], q_full.index(half), q_smem.index(half)
+            desc_q, [batch, row + group * 64, head, 0], q_full.index(group), q_smem.index(group)
         )
     for i in range(blocks):
         stage = i % STAGES
@@ -115,7 +115,7 @@ def _attend(
     o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem, bars,
     batch, head, num_heads, row, length, blocks, keys, scale,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, BIT8: gl.constexpr,
-    ONLINE: gl.constexpr, DTYPE: gl.constexpr, HALF: gl.constexpr,
+    ONLINE: gl.constexpr, DTYPE: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: 64 query rows against all keys."""
     q_full, k_full, k_free, v_full, _ = bars
@@ -127,8 +127,8 @@ def _attend(
     rows_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     rows_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     pair = batch * num_heads + head
-    index = row + HALF * 64 + gl.arange(0, 64, layout=rows_s)
-    q = q_smem.index(HALF).reshape([64, D])
+    index = row + GROUP * 64 + gl.arange(0, 64, layout=rows_s)
+    q = q_smem.index(GROUP).reshape([64, D])
     if BIT8:
         ks_ptr = ks_ptr + pair * blocks
         qs = gl.load(qs_ptr + pair * length + index, mask=index < length, other=1.0) * scale
@@ -139,7 +139,7 @@ def _attend(
         c = scale
         ks_next = scale
     zero = gl.zeros([64, BLOCK], q_accumulator(q.dtype), s_layout)
-    mbarrier.wait(q_full.index(HALF), 0)
+    mbarrier.wait(q_full.index(GROUP), 0)
     mbarrier.wait(k_full.index(0), 0)
     k = k_smem.index(0).reshape([BLOCK, D]).permute([1, 0])
     s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
@@ -167,7 +167,7 @@ def _attend(
     o = warpgroup_mma(p, v, o, is_async=True)
     o = warpgroup_mma_wait(0, deps=[o])
     o = o * gl.convert_layout(1.0 / total, rows_o)[:, None]
-    row_o = row + HALF * 64 + gl.arange(0, 64, layout=rows_o)
+    row_o = row + GROUP * 64 + gl.arange(0, 64, layout=rows_o)
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
     base = o_ptr + batch.to(gl.int64) * o_strides[0] + head * o_strides[2]
     pointers = base + row_o.to(gl.int64)[:, None] * o_strides[1] + channel[None, :]
@@ -177,61 +177,90 @@ def _attend(
     if not ONLINE:
         # written so that NaN counts as bad
         bad = 1 - gl.min(gl.where(index < length, total < LARGEST_SUM, True).to(gl.int32), 0)
-        gl.store(flag_ptr + gl.program_id(0) * 2 + HALF, bad)
+        gl.store(flag_ptr + gl.program_id(0) * GROUPS + GROUP, bad)
 
 
 @gluon.jit
 def attention_kernel(
     desc_q, desc_k, desc_v, o_ptr, lse_ptr, flag_ptr, qs_ptr, ks_ptr, o_batch, o_row, o_head,
     num_heads, length, keys, scale,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, BIT8: gl.constexpr,
-    ONLINE: gl.constexpr, ONLY_FLAGGED: gl.constexpr, DTYPE: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
+    BIT8: gl.constexpr, ONLINE: gl.constexpr, ONLY_FLAGGED: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     program = gl.program_id(0)
     if ONLY_FLAGGED:
-        flagged = gl.load(flag_ptr + program * 2) + gl.load(flag_ptr + program * 2 + 1)
+        flagged = gl.load(flag_ptr + program * GROUPS)
+        for i in gl.static_range(1, GROUPS):
+            flagged += gl.load(flag_ptr + program * GROUPS + i)
         if flagged == 0:
             return
-    tiles = gl.cdiv(length, 128)
-    row = (program % tiles) * 128
+    tiles = gl.cdiv(length, GROUPS * 64)
+    row = (program % tiles) * (GROUPS * 64)
     head = (program // tiles) % num_heads
     batch = program // tiles // num_heads
     blocks = gl.cdiv(keys, BLOCK)
-    q_smem = gl.allocate_shared_memory(desc_q.dtype, [2, 1, 64, 1, D], desc_q.layout)
+    q_smem = gl.allocate_shared_memory(desc_q.dtype, [GROUPS, 1, 64, 1, D], desc_q.layout)
     k_smem = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, BLOCK, 1, D], desc_k.layout)
     v_smem = gl.allocate_shared_memory(desc_v.dtype, [STAGES, 1, BLOCK, 1, D], desc_v.layout)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    for i in gl.static_range(2):
+    for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(k_free.index(i), count=GROUPS)
+        mbarrier.init(v_free.index(i), count=GROUPS)
     bars = (q_full, k_full, k_free, v_full, v_free)
     o_strides = (o_batch, o_row, o_head)
-    gl.warp_specialize(
-        [
-            (_attend, (
-                o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem, bars,
-                batch, head, num_heads, row, length, blocks, keys, scale,
-                BLOCK, STAGES, D, BIT8, ONLINE, DTYPE, 0,
-            )),
-            (_attend, (
-                o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem, bars,
-                batch, head, num_heads, row, length, blocks, keys, scale,
-                BLOCK, STAGES, D, BIT8, ONLINE, DTYPE, 1,
-            )),
-            (_fetch, (
-                desc_q, desc_k, desc_v, q_smem, k_smem, v_smem, bars, batch, head, row, blocks,
-                BLOCK, STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem,
+                    bars, batch, head, num_heads, row, length, blocks, keys, scale,
+                    BLOCK, STAGES, D, BIT8, ONLINE, DTYPE, GROUPS, 0,
+                )),
+                (_attend, (
+                    o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem,
+                    bars, batch, head, num_heads, row, length, blocks, keys, scale,
+                    BLOCK, STAGES, D, BIT8, ONLINE, DTYPE, GROUPS, 1,
+                )),
+                (_fetch, (
+                    desc_q, desc_k, desc_v, q_smem, k_smem, v_smem, bars, batch, head, row,
+                    blocks, BLOCK, STAGES, GROUPS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem,
+                    bars, batch, head, num_heads, row, length, blocks, keys, scale,
+                    BLOCK, STAGES, D, BIT8, ONLINE, DTYPE, GROUPS, 0,
+                )),
+                (_attend, (
+                    o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem,
+                    bars, batch, head, num_heads, row, length, blocks, keys, scale,
+                    BLOCK, STAGES, D, BIT8, ONLINE, DTYPE, GROUPS, 1,
+                )),
+                (_attend, (
+                    o_ptr, lse_ptr, flag_ptr, o_strides, qs_ptr, ks_ptr, q_smem, k_smem, v_smem,
+                    bars, batch, head, num_heads, row, length, blocks, keys, scale,
+                    BLOCK, STAGES, D, BIT8, ONLINE, DTYPE, GROUPS, 2,
+                )),
+                (_fetch, (
+                    desc_q, desc_k, desc_v, q_smem, k_smem, v_smem, bars, batch, head, row,
+                    blocks, BLOCK, STAGES, GROUPS,
+                )),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )  # fmt: skip

@@ -28,7 +28,8 @@ NAMES = {
     *("gated_residual_backward", "rms_norm_rope", "rms_norm_rope_backward", "guidance_step"),
     *("unproject", "rms_norm_silu", "rms_norm_silu_backward", "causal_conv3d", "linear_qkv"),
     *("linear_o", "linear_ffn1", "linear_ffn2", "linear_layer", "attention"),
-    *("attention_backward", "cross_attention"),
+    *("attention_backward", "cross_attention", "conv2d_add_relu", "resize_bilinear"),
+    *("dense_output", "layer_norm_rope"),
 }
 CEILINGS = {
     "copy": Ceiling("copy", "8", "float32", "GB/s", [10.0]),

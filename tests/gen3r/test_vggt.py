@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gen3r import stages
+from gen3r.cameras import depth_bounds
 from gen3r.config import GEN3R, VGGTConfig
-from gen3r.vggt import VGGT, bootstrap, scene_scale, token_list, token_map
+from gen3r.vggt import VGGT, bootstrap, scene_scale, token_list, token_map, token_views
 from gen3r.vggt.camera_head import ITERATIONS, activate_pose
-from gen3r.vggt.dense_head import inverse_log
+from gen3r.vggt.dense_head import chunk_frames, inverse_log
 from gen3r_kernels import Backends
 from tests.manifest import manifest_shapes
 
@@ -131,6 +133,64 @@ def test_token_map_and_list() -> None:
         assert close(split[:, :, :5], tokens[-1][:, :, :1].expand(-1, -1, 5, -1))
 
 
+def test_token_views_share_the_map_s_memory() -> None:
+    tokens = torch.randn(2, 3, 2, 4, 40)
+    layers, camera = token_views(tokens)
+    for view, listed in zip(layers, token_list(tokens), strict=True):
+        assert view.untyped_storage().data_ptr() == tokens.untyped_storage().data_ptr()
+        assert torch.equal(view, listed[:, :, 5:])
+        assert torch.equal(camera.expand(-1, -1, 5, -1), listed[:, :, :5])
+
+
+@torch.no_grad()
+def test_only_what_is_needed_is_read(tiny: VGGT, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randn(1, 3, 2, 4, 160)
+    whole = stages.read_heads(tiny, tokens, 28, 56)
+    assert whole.points is not None and whole.point_map is None and whole.tokens is None
+    ran: list[str] = []
+    for name in ("depth_head", "point_head", "camera_head"):
+        head = getattr(tiny, name)
+        monkeypatch.setattr(head, "_forward_hooks", head._forward_hooks.copy())
+        head.register_forward_hook(lambda *_, name=name: ran.append(name))
+    for need, heads in (
+        ({"depth"}, ["depth_head"]),
+        ({"cameras"}, ["camera_head"]),
+        ({"point_maps"}, ["point_head"]),
+        ({"tokens"}, []),
+    ):
+        ran.clear()
+        part = stages.read_heads(tiny, tokens, 28, 56, frozenset(need))
+        assert ran == heads
+        for field in dataclasses.fields(part):
+            value, full = getattr(part, field.name), getattr(whole, field.name)
+            if value is not None and full is not None:
+                assert torch.equal(value, full)
+    assert part.tokens is tokens and part.depth is None
+
+
+def test_an_unknown_need_is_refused() -> None:
+    with pytest.raises(ValueError, match="normals cannot be decoded; known: depth, cameras"):
+        stages.decode_geometry(None, None, torch.zeros(1), 28, 28, need={"normals"})  # type: ignore[arg-type]
+
+
+def test_chunks_fit_their_budget() -> None:
+    sizes = {"height": 560, "width": 560, "features": 256, "itemsize": 2}
+    assert chunk_frames(49, **sizes, budget_gib=1.25) == 13  # 4 chunks of 12 and 13
+    assert chunk_frames(49, **sizes, budget_gib=0.01) == 1
+    assert chunk_frames(3, **sizes, budget_gib=9.0) == 3
+
+
+def test_depth_bounds_do_not_depend_on_how_frames_are_sorted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    depth = torch.rand(2, 3, 5, 7)
+    depth[0, 1] = 2.0
+    together = depth_bounds(depth)
+    monkeypatch.setattr("gen3r.cameras.MOST_SORTED", 1)
+    for whole, part in zip(together, depth_bounds(depth), strict=True):
+        assert whole.shape == (2, 3) and torch.equal(whole, part)
+
+
 def test_scene_scale_takes_the_lower_median_of_each_sample() -> None:
     depth = torch.tensor([[1.0, 2.0, 3.0, 4.0], [8.0, 6.0, 5.0, 7.0]]).view(2, 1, 2, 2, 1)
     assert torch.allclose(scene_scale(depth), torch.tensor([1.6, 4.8], dtype=torch.float64))
@@ -205,7 +265,7 @@ def test_bad_tokens(tiny: VGGT) -> None:
         tiny.depth_head(tokens, 28, 42)
     with pytest.raises(ValueError, match="do not fit"):
         token_map(tokens, 3, 3)
-    with pytest.raises(ValueError, match="token_list"):
+    with pytest.raises(ValueError, match="token_views"):
         token_list(torch.zeros(1, 1, 2, 2, 32))
     with pytest.raises(ValueError, match=r"0\.\.2"):
         tiny.aggregator(torch.rand(1, 1, 3, 28, 28), [3])

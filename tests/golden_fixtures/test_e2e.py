@@ -111,7 +111,7 @@ class Watch:
             self.velocity = out if self.velocity is None else self.velocity
 
         def geometry(*args: Any, **options: Any) -> stages.Geometry:
-            options.update(point_maps=True, keep_tokens=True)
+            options.update(need=stages.GEOMETRY)
             self.seen["geometry"] = original(*args, **options)
             return self.seen["geometry"]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
 from torch import Tensor
 
 from gen3r.config import VGGTConfig
 from gen3r.vggt import VGGT, bootstrap
-from gen3r.vggt.dense_head import ResidualUnit
+from gen3r.vggt.dense_decoder import Scratch
 from gen3r_kernels import Backends
 from tests.golden_fixtures.golden import COMPONENT_TOLERANCE, Golden, relative_error
-from tests.golden_fixtures.test_vggt import plain_skip, stored_layers
+from tests.golden_fixtures.test_vggt import plain_fuse, stored_layers
 
 KIND = "vggt_bootstrap"
 
@@ -54,12 +56,15 @@ def test_bootstrap(golden: Golden) -> None:
 
 
 @torch.no_grad()
-def test_skip_without_relu_is_wrong(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("relu", [True, False], ids=["relu of the skip", "the skip itself"])
+def test_skip_without_relu_is_wrong(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, relu: bool
+) -> None:
     model = build(golden)
-    monkeypatch.setattr(ResidualUnit, "forward", plain_skip)
+    monkeypatch.setattr(Scratch, "fuse", partialmethod(plain_fuse, relu=relu))
     for case in golden.cases(r"(.+)/control_u8$"):
         images = views(golden, case)
         depth, _ = model.depth_head(model.aggregator(images), *images.shape[-2:])
         name, stride = golden.stored(f"{case}/depth") or pytest.fail(f"{case}: no depth stored")
-        wrong = relative_error(depth[:, :, ::stride, ::stride], golden[name])
-        assert wrong > 100 * COMPONENT_TOLERANCE
+        error = relative_error(depth[:, :, ::stride, ::stride], golden[name])
+        assert (error <= 100 * COMPONENT_TOLERANCE) == relu

@@ -122,7 +122,8 @@ def test_kernel_choice_is_a_function_of_shapes() -> None:
     assert kernel_for(real, torch.bfloat16, (9, 0)) == "hopper"
     assert kernel_for(real, torch.bfloat16, (8, 0)) == "portable"
     assert kernel_for(real, torch.float32, (9, 0)) == "portable"
-    assert kernel_for((*real[:4], 64), torch.float16, (9, 0)) == "portable"
+    assert kernel_for((*real[:4], 64), torch.float16, (9, 0)) == "hopper"
+    assert kernel_for((*real[:4], 96), torch.float16, (9, 0)) == "portable"
     provider = attention_backward.provider_for
     assert provider(128, torch.bfloat16, (9, 0)) == "cudnn"
     assert provider(128, torch.bfloat16, (8, 0)) == "triton"
