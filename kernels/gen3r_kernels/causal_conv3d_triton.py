@@ -18,10 +18,10 @@ What bounds it on an H100: the 700 W of the card, inside a decoder that runs for
 Alone for some milliseconds, at 2.0 GHz, other configurations are the faster: 256 pixels by 96
 channels on one warpgroup 522 TFLOP/s against 421, in the decoder 384 against 397; 128 by 192 on
 one warpgroup 596 against 520, in the decoder 588 against 643. So the choice was made inside the
-decoder. Tried and slower at 96: 256 pixels on two warpgroups (362), 128 output channels instead of 64 + 32
-(281), one program for two frames (222), three chunks a step (415), a cap of 128 registers (128),
-programs that walk over frames first (415), two neighbouring pixels as one of 192 channels with a
-quarter of the weights zero (290 in the decoder).
+decoder. Tried and slower at 96: 256 pixels on two warpgroups (362), 128 output channels instead of
+64 + 32 (281), one program for two frames (222), three chunks a step (415), a cap of 128 registers
+(128), programs that walk over frames first (415), two neighbouring pixels as one of 192 channels
+with a quarter of the weights zero (290 in the decoder).
 
 RMSNorm and SiLU of the input are an operator of their own (`rms_norm_silu`). In here they would be
 computed for each of 27 taps: 4,096 exponentials for each chunk of 32 channels keep the special
