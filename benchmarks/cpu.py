@@ -1,7 +1,7 @@
-"""What runs on the CPU: autoencoder operators against plain PyTorch, and writing a full-size scene.
+"""What runs on the CPU: autoencoder operators beside plain PyTorch, fusion beside Open3D, writing.
 
-OMP_NUM_THREADS=2 python -m benchmarks.cpu          # operators, then 49 x 560 x 560 (minutes)
-python -m benchmarks.cpu --frames 9 --size 112
+OMP_NUM_THREADS=2 python -m benchmarks.cpu          # operators, fusion, 49 x 560 x 560 (minutes)
+python -m benchmarks.cpu --frames 9 --size 112 --only writing
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.fusing import fusing
 from benchmarks.harness import Measurement, library_versions, percentiles, write_rows
 from benchmarks.timing import shape_name
 from gen3r.cameras import depth_bounds, trajectory
@@ -117,14 +118,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--size", type=int, default=560)
+    parts = ("operators", "fuse_points", "writing")
+    parser.add_argument("--only", choices=parts, help="the other rows of the file stay")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", "--revision")
     options = parser.parse_args(argv)
-    rows = operators() + writing(options.frames, options.size)
+    run: dict[str, Callable[[], list[Measurement]]] = {
+        "operators": operators,
+        "fuse_points": fusing,
+        "writing": partial(writing, options.frames, options.size),
+    }
+    rows = [row for name in parts if options.only in (None, name) for row in run[name]()]
     for found in rows:
-        median = percentiles(found.samples)[1]
-        print(f"{found.case:<16} {found.provider:<14} {found.shape:<24} {median:>12,.2f} ms")
-    print(write_rows(rows, "cpu", options.out, options.commit))
+        median, unit = percentiles(found.samples)[1], found.unit
+        print(f"{found.case:<18} {found.provider:<14} {found.shape:<24} {median:>12,.2f} {unit}")
+    print(write_rows(rows, "cpu", options.out, options.commit, merge=options.only is not None))
     return 0
 
 

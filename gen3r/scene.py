@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -157,6 +158,27 @@ class SceneRequest:
 
 
 @dataclass(frozen=True)
+class PointCloud:
+    """The points of all frames as one cloud: one point a cell in cell order, or without a voxel
+    size in the input's order.
+
+    points : [N, 3] float64, world frame; colors : [N, 3] uint8
+    normals : [N, 3] float32, of unit length or 0 where unknown; None unless asked for
+    counts : points given, dropped by each step, kept by all of them, and returned (cells)
+    backend : what computed it: "cuda", "native" or "python"
+    """
+
+    points: NDArray[np.float64]
+    colors: NDArray[np.uint8]
+    normals: NDArray[np.float32] | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    backend: str = "python"
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+@dataclass(frozen=True)
 class Scene:
     """One generated scene. Arrays live on the host.
 
@@ -166,6 +188,7 @@ class Scene:
     extrinsics : [F, 4, 4] float32, world to camera, OpenCV; intrinsics : [F, 3, 3] float32, pixels
     points : [F, H, W, 3] float64, world; mask : [F, H, W] bool, points worth keeping
     point_map, point_confidence : the point head's own world points, only when asked
+    cloud : the fused points, where the engine was asked for them
     info : request, seed, seconds per stage, versions (plain JSON values)
     """
 
@@ -178,6 +201,7 @@ class Scene:
     mask: Tensor
     point_map: Tensor | None = None
     point_confidence: Tensor | None = None
+    cloud: PointCloud | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: str | Path) -> Path:

@@ -3,24 +3,27 @@
 A file is cut into chunks. A thread reads a chunk from the page cache into one of its two pinned
 buffers and starts the copies of the tensors' parts in it; while those run it reads the next chunk
 into the other. So reading (about 8 GB/s a thread) and the bus (about 50 GB/s) work at once, and
-the file is never mapped: nothing of it counts as the process's memory.
+the file is never mapped: nothing of it counts as the process's memory. A target on the host is
+filled directly, all parts of a chunk in one call of the extension where it is built (`native`):
+that reads small tensors twice as fast as a call a tensor, and long ones as fast.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen3r.checkpoint import CheckpointError, TensorFile, read_tensors
+from gen3r_engine.native import native
+from gen3r_engine.safetensors_header import Span, read_spans, shown
 
 CHUNK = 2**26  # bytes: 64 MiB, long enough that starting a copy costs nothing beside it
 THREADS = 8
@@ -28,30 +31,6 @@ DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool},
 }
-
-
-class Span(NamedTuple):
-    """One tensor in a file: [begin, end) in bytes from the file's start."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def read_spans(path: Path) -> list[Span]:
-    """The tensors of a safetensors file in the order of their bytes, from its header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    start = 8 + length
-    spans = [
-        Span(name, v["dtype"], tuple(v["shape"]), *(start + o for o in v["data_offsets"]))
-        for name, v in header.items()
-        if name != "__metadata__"
-    ]
-    return sorted(spans, key=lambda span: span.begin)
 
 
 class Piece(NamedTuple):
@@ -110,7 +89,8 @@ class ParallelReader:
 
         Raises
         ------
-        CheckpointError : the file is shorter than its header says.
+        CheckpointError : a header that can not be trusted (`safetensors_header`), or a file that is
+            shorter than it says.
         """
         names = {name: upstream for upstream, name in file.names.items() if upstream in wanted}
         spans = None
@@ -163,15 +143,14 @@ class ParallelReader:
         ready: torch.cuda.Event | None,
     ) -> torch.cuda.Event | None:
         if device.type != "cuda" and not self._staged:
-            for piece in pieces:
-                _read_into(descriptor, path, begin + piece.begin, piece.target)
+            _read_into(descriptor, path, [(begin + p.begin, p.target) for p in pieces])
             return None
         staging = self._staging(device)
         turn = staging.turn = (staging.turn + 1) % len(staging.buffers)
         buffer, busy = staging.buffers[turn], staging.busy[turn]
         if busy is not None:
             busy.synchronize()
-        _read_into(descriptor, path, begin, buffer[:size])
+        _read_into(descriptor, path, [(begin, buffer[:size])])
         if staging.stream is None or ready is None:
             for piece in pieces:
                 piece.target.copy_(buffer[piece.begin : piece.begin + piece.target.numel()])
@@ -221,11 +200,22 @@ def _chunks(
         yield begin, end - begin, pieces
 
 
-def _read_into(descriptor: int, path: Path, begin: int, target: Tensor) -> None:
-    view = memoryview(cast(Any, target.numpy()))
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], begin + done)
-        if count == 0:
-            raise CheckpointError(f"{path} ends after {begin + done} bytes; download it again")
-        done += count
+def _read_into(descriptor: int, path: Path, targets: list[tuple[int, Tensor]]) -> None:
+    """Fill uint8 tensors on the host from where they begin in a file."""
+    module = native()
+    if module is not None:
+        arrays = [(begin, target.numpy()) for begin, target in targets]
+        try:
+            module.read_ranges(descriptor, arrays, 1, shown(path))
+        except EOFError as error:
+            raise CheckpointError(f"{error}; download it again") from None
+        return
+    for begin, target in targets:
+        view = memoryview(target.numpy())  # type: ignore[arg-type]
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], begin + done)
+            if count == 0:
+                length = os.fstat(descriptor).st_size
+                raise CheckpointError(f"{path} ends after {length} bytes; download it again")
+            done += count

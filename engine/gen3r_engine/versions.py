@@ -7,20 +7,29 @@ import resource
 import sys
 from importlib import metadata
 
+from gen3r_engine.native import API, native
+
 PACKAGES = (
     *("gen3r-engine", "torch", "triton", "transformers", "diffusers", "huggingface_hub"),
     *("safetensors", "numpy", "scipy", "einops", "av", "pillow", "rich"),
 )
 
 
+EXTENSION = "gen3r_engine._C"
+
+
 def versions() -> dict[str, str | None]:
-    """Installed version of python and of every core package; None for one that is missing."""
+    """Installed version of python and of every core package; None for one that is missing.
+
+    The C++ extension has the number of its interface.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
+    found[EXTENSION] = f"API {API}" if native() is not None else None
     return found
 
 

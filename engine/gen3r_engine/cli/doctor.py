@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gen3r_engine.cli.errors import UsageError, user_input
-from gen3r_engine.versions import versions
+from gen3r_engine.native import native, why_missing
+from gen3r_engine.versions import EXTENSION, versions
 
 HELP = "say what this machine can run, and check a checkpoint"
 # triton has no CPU-only platform wheels everywhere; gen3r-engine may run from a source tree.
@@ -64,11 +65,12 @@ def _system(problems: list[str]) -> None:
 def _libraries(problems: list[str]) -> None:
     _heading("libraries")
     for name, version in versions().items():
-        if name == "python":
+        if name in ("python", EXTENSION):
             continue
         _row(name, version or "not installed")
         if version is None and name not in _OPTIONAL:
             problems.append(f"{name} is not installed: pip install {name}")
+    _row(EXTENSION, f"no: {why_missing()}" if native() is None else "yes (C++)")
     import av
 
     if "libx264" not in av.codecs_available:
