@@ -56,20 +56,44 @@ def save_video(frames: Any, path: str | Path, fps: int = FRAME_RATE, crf: int = 
 def write_cameras(path: str | Path, extrinsics: Any, intrinsics: Any) -> None:
     """Write cameras as upstream does: extrinsics [F, 4, 4] or [F, 3, 4], intrinsics [F, 3, 3].
 
-    Arrays or tensors. A [F, 3, 4] extrinsics gets its last row.
+    Arrays or tensors. A [F, 3, 4] extrinsics gets its last row. NaN and infinity, for which JSON
+    has no word, become null (and `gen3r.media.read_cameras` names the matrix that holds one).
     """
     w2c = np.asarray(extrinsics, dtype=np.float64)
     if w2c.shape[1:] == (3, 4):
         last = np.broadcast_to(np.array([0.0, 0.0, 0.0, 1.0]), (len(w2c), 1, 4))
         w2c = np.concatenate([w2c, last], axis=1)
-    data = {"extrinsics": w2c.tolist(), "intrinsics": np.asarray(intrinsics, np.float64).tolist()}
+    data = {"extrinsics": _plain(w2c), "intrinsics": _plain(np.asarray(intrinsics, np.float64))}
     Path(path).write_text(json.dumps(data, indent=4) + "\n", encoding="utf-8")
 
 
-def write_ply(path: str | Path, points: Any, colors: Any) -> None:
-    """Write a coloured cloud as binary little-endian PLY (float32 x y z, uint8 red green blue).
+def _plain(values: np.ndarray) -> Any:
+    """Nested lists of floats, None where a value is not finite."""
+    rows = values.astype(object)
+    rows[~np.isfinite(values)] = None
+    return rows.tolist()
 
-    points : [N, 3] float; colors : [N, 3] uint8. ValueError when the shapes do not agree.
+
+_PLY_FIELDS = {"<f4": "float", "u1": "uchar"}
+
+
+def ply_header(count: int, *, normals: bool = False) -> bytes:
+    """Header of a binary PLY of `count` rows: float32 x y z (nx ny nz), uint8 red green blue."""
+    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {count}"]
+    lines += [f"property {_PLY_FIELDS[kind]} {name}" for name, kind in _ply_row(normals)]
+    return "\n".join([*lines, "end_header", ""]).encode("ascii")
+
+
+def _ply_row(normals: bool) -> list[tuple[str, str]]:
+    floats = (*"xyz", *(("nx", "ny", "nz") if normals else ()))
+    return [(n, "<f4") for n in floats] + [(n, "u1") for n in ("red", "green", "blue")]
+
+
+def ply_rows(points: Any, colors: Any, normals: Any = None) -> np.ndarray:
+    """The rows that follow `ply_header`: [N] records without padding.
+
+    points : [N, 3] float; colors : [N, 3] uint8; normals : [N, 3] float or None. ValueError when
+    the shapes do not agree.
     """
     xyz, rgb = np.asarray(points), np.asarray(colors)
     if xyz.ndim != 2 or xyz.shape[1] != 3 or rgb.shape != xyz.shape or rgb.dtype != np.uint8:
@@ -77,32 +101,40 @@ def write_ply(path: str | Path, points: Any, colors: Any) -> None:
             "points and uint8 colours must both be [N, 3], "
             f"got {xyz.shape} and {rgb.dtype} {rgb.shape}"
         )
-    fields = [(name, "<f4") for name in "xyz"] + [(n, "u1") for n in ("red", "green", "blue")]
-    rows = np.empty(len(xyz), dtype=fields)
-    for axis, name in enumerate("xyz"):
-        rows[name] = xyz[:, axis]
-    for channel, name in enumerate(("red", "green", "blue")):
-        rows[name] = rgb[:, channel]
-    properties = [f"property float {n}" for n in "xyz"]
-    properties += [f"property uchar {n}" for n in ("red", "green", "blue")]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
-    text = "\n".join([*header, *properties, "end_header", ""])
+    columns = [*xyz.T]
+    if normals is not None:
+        slopes = np.asarray(normals)
+        if slopes.shape != xyz.shape:
+            raise ValueError(f"normals {slopes.shape} must be [N, 3] like the points {xyz.shape}")
+        columns += [*slopes.T]
+    rows = np.empty(len(xyz), dtype=_ply_row(normals is not None))
+    for (name, _), values in zip(_ply_row(normals is not None), [*columns, *rgb.T], strict=True):
+        rows[name] = values
+    return rows
+
+
+def write_ply(path: str | Path, points: Any, colors: Any, normals: Any = None) -> None:
+    """Write a coloured cloud as binary little-endian PLY (see `ply_rows`)."""
+    rows = ply_rows(points, colors, normals)
     with open(path, "wb") as file:
-        file.write(text.encode("ascii"))
-        file.write(rows.tobytes())
+        file.write(ply_header(len(rows), normals=normals is not None))
+        file.write(rows.view(np.uint8).data)
+
+
+def scene_arrays(scene: Scene) -> dict[str, np.ndarray]:
+    """Every array of a scene under its own name; points as float32."""
+    names = ("rgb", "depth", "depth_confidence", "extrinsics", "intrinsics", "mask")
+    arrays = {
+        name: np.asarray(getattr(scene, name))
+        for name in (*names, "point_map", "point_confidence")
+        if getattr(scene, name) is not None
+    }
+    return arrays | {"points": np.asarray(scene.points, dtype=np.float32)}
 
 
 def write_npz(scene: Scene, path: str | Path) -> None:
-    """Write every array of a scene under its own name, uncompressed; points as float32."""
-    arrays: dict[str, Any] = {
-        name: np.asarray(getattr(scene, name))
-        for name in (
-            *("rgb", "depth", "depth_confidence", "extrinsics", "intrinsics", "mask"),
-            *("point_map", "point_confidence"),
-        )
-        if getattr(scene, name) is not None
-    }
-    np.savez(path, **arrays, points=np.asarray(scene.points, dtype=np.float32))
+    """Write `scene_arrays` uncompressed."""
+    np.savez(path, **scene_arrays(scene))  # type: ignore[arg-type]
 
 
 def masked_cloud(scene: Scene) -> tuple[np.ndarray, np.ndarray]:

@@ -2,39 +2,46 @@
 
 OUTPUT/TASK/TIME, TIME being the minute (20261122_1730; a second scene of that minute gets -2):
 
-    rgb.mp4       12 fps                          (upstream)
-    pcds.ply      the fused cloud                 (upstream; its mask is honoured here)
-    cameras.json  extrinsics and intrinsics       (upstream)
-    prompts.txt   the prompt                      (upstream)
-    depth.mp4     inverse depth in colour, 12 fps
-    preview.png   one sheet: views, frames, depths, cloud
-    scene.npz     every array, only when asked
-    run.json      request, configuration, seed, versions, seconds per stage, peak memory
+    output       files
+    rgb          rgb.mp4        12 fps                          (upstream)
+    points       pcds.ply       the fused cloud                 (upstream; the mask counts here)
+    cameras      cameras.json   extrinsics and intrinsics       (upstream)
+    always       prompts.txt    the prompt                      (upstream)
+    depth        depth.mp4      inverse depth in colour, 12 fps
+    preview      preview.png    one sheet: views, frames, depths, cloud
+    glb          scene.glb      the cloud and camera frusta
+    colmap       sparse/0/*.bin, images/    a COLMAP model and the frames
+    colmap_text  sparse/0/*.txt, images/    the same as text
+    nerfstudio   transforms.json, images/, pcds.ply
+    depth_png    depth/*.png    16 bits a pixel; scale.json
+    html         view.html      a page that shows the cloud in any browser
+    npz          scene.npz      every array
+    always       run.json       request, configuration, seed, versions, seconds, counts, peak memory
+
+An output that fails (a full disk) costs no other: it is removed, the others are kept, run.json and
+the `IncompleteScene` that is raised name it. When none can be written, nothing is left behind.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from gen3r.folders import whole_folder
-from gen3r.scene import Cameras, ImageLike, Scene, SceneRequest
-from gen3r.writers import masked_cloud, save_video, write_cameras, write_npz, write_ply
-from gen3r_engine.depth_colors import depth_colors
-from gen3r_engine.fusion import FusionConfig, fuse_points
-from gen3r_engine.preview import PreviewContent, contact_sheet
+from gen3r.scene import Cameras, Scene, SceneRequest
+from gen3r_engine.fusion import FusionConfig
 from gen3r_engine.versions import peak_memory, versions
+from gen3r_engine.writing import FUSED, SceneWriter
 
-OUTPUTS = ("rgb", "depth", "points", "cameras", "preview", "npz")
+OUTPUTS = (
+    *("rgb", "depth", "points", "cameras", "preview", "npz", "glb", "colmap", "colmap_text"),
+    *("nerfstudio", "depth_png", "html"),
+)
+ALIASES = {"ply": "points"}
 DEFAULT_OUTPUTS = ("rgb", "depth", "points", "cameras", "preview")
 
 
@@ -44,8 +51,10 @@ class OutputOptions:
 
     Parameters
     ----------
-    outputs : names of `OUTPUTS`; prompts.txt and run.json are always written.
-    fusion : how the saved cloud is filtered and thinned out.
+    outputs : names of `OUTPUTS`, of `ALIASES`, or "all"; prompts.txt and run.json are always
+        written. nerfstudio brings points with it.
+    fusion : how the saved cloud is filtered and thinned out; a scene that has a cloud already
+        (`Scene.cloud`) keeps it.
 
     Raises
     ------
@@ -56,10 +65,21 @@ class OutputOptions:
     fusion: FusionConfig = field(default_factory=FusionConfig)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.outputs) - set(OUTPUTS))
-        if unknown or not self.outputs:
+        names = {ALIASES.get(name, name) for name in self.outputs}
+        if "all" in names:
+            names = names - {"all"} | set(OUTPUTS)
+        unknown = sorted(names - set(OUTPUTS))
+        if unknown or not names:
             given = f"output '{unknown[0]}' is unknown" if unknown else "no outputs named"
-            raise ValueError(f"{given}; choose from {', '.join(OUTPUTS)}")
+            raise ValueError(f"{given}; choose from {', '.join(OUTPUTS)}, or all")
+        if "nerfstudio" in names:
+            names.add("points")
+        object.__setattr__(self, "outputs", frozenset(names))
+
+    @property
+    def cloud_fusion(self) -> FusionConfig | None:
+        """How the cloud is made, for `Engine.stream`; None where no output holds one."""
+        return self.fusion if self.outputs & FUSED else None
 
 
 @dataclass(frozen=True)
@@ -67,12 +87,29 @@ class WrittenScene:
     """Where the scene lies, what it holds, and the seconds of every stage, writing included.
 
     notes : what could not be done as asked; also in run.json.
+    failed : outputs that could not be written, and why.
     """
 
     path: Path
     files: list[str]
     seconds: dict[str, float]
     notes: list[str]
+    failed: dict[str, str]
+
+
+class IncompleteScene(Exception):
+    """Some outputs could not be written. `written` says what was kept; None when nothing was."""
+
+    def __init__(self, failed: Mapping[str, str], asked: int, written: WrittenScene | None) -> None:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in failed.items():
+            by_reason.setdefault(reason, []).append(name)
+        what = "; ".join(f"{', '.join(names)}: {text}" for text, names in by_reason.items())
+        kept = "nothing was kept"
+        if written is not None:
+            kept = f"kept in {written.path}: {', '.join(written.files)}"
+        super().__init__(f"{len(failed)} of {asked} outputs could not be written ({what}); {kept}")
+        self.written = written
 
 
 def time_stamp(when: datetime | None = None) -> str:
@@ -103,116 +140,38 @@ def write_scene(
 
     Raises
     ------
+    IncompleteScene : an output could not be written, whatever the error; the others are there.
     OSError : the folder can not be written; nothing is left behind then.
     """
     options = options or OutputOptions()
+    config = config or {}
     task = str(request.task)
     with whole_folder(Path(output_dir) / task, time_stamp(when), numbered=True) as folder:
-        writer = _Writer(scene, request, options, folder.path, config or {})
-        seconds = writer.write_all(progress or (lambda stage, done, total: None))
-        record = _record(scene, request, options, config or {}, sources, seconds)
-        record["notes"] = writer.notes
+        writer = SceneWriter(scene, request, options.outputs, options.fusion, folder.path, config)
+        writer.write_all(progress or (lambda stage, done, total: None))
+        failed = {name: _reason(error, folder.path) for name, error in writer.errors.items()}
+        if len(failed) == len(options.outputs):
+            raise IncompleteScene(failed, len(failed), None) from _first(writer)
+        record = _record(scene, request, options, config, sources, writer, failed)
         text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
         (folder.path / "run.json").write_text(text + "\n", encoding="utf-8")
     files = sorted(p.name for p in folder.path.iterdir())
-    return WrittenScene(folder.path, files, record["seconds"], writer.notes)
+    written = WrittenScene(folder.path, files, record["seconds"], writer.notes, failed)
+    if failed:
+        raise IncompleteScene(failed, len(options.outputs), written) from _first(writer)
+    return written
 
 
-class _Writer:
-    """Writes the parts of one scene into a folder and times them."""
-
-    def __init__(
-        self,
-        scene: Scene,
-        request: SceneRequest,
-        options: OutputOptions,
-        folder: Path,
-        config: Mapping[str, Any],
-    ) -> None:
-        self.config = config
-        self.scene, self.request, self.options, self.folder = scene, request, options, folder
-        self.rgb = np.asarray(scene.rgb)
-        self.cloud: tuple[np.ndarray, np.ndarray] | None = None
-        self.depth: np.ndarray | None = None
-        self.notes: list[str] = []
-
-    def write_all(self, progress: Callable[[str, int, int], None]) -> dict[str, float]:
-        steps: dict[str, Callable[[], None]] = {
-            "rgb": lambda: save_video(self.rgb, self.folder / "rgb.mp4"),
-            "depth": lambda: save_video(self._depth(), self.folder / "depth.mp4"),
-            "points": self._points,
-            "cameras": lambda: write_cameras(
-                self.folder / "cameras.json", self.scene.extrinsics, self.scene.intrinsics
-            ),
-            "preview": self._preview,
-            "npz": lambda: write_npz(self.scene, self.folder / "scene.npz"),
-        }
-        seconds = {}
-        (self.folder / "prompts.txt").write_text(self.request.prompt + "\n", encoding="utf-8")
-        for name, step in steps.items():
-            if name in self.options.outputs:
-                progress(f"write {name}", 0, 1)
-                start = time.perf_counter()
-                step()
-                seconds[f"write {name}"] = time.perf_counter() - start
-                progress(f"write {name}", 1, 1)
-        return seconds
-
-    def _depth(self) -> np.ndarray:
-        if self.depth is None:
-            self.depth = depth_colors(np.asarray(self.scene.depth))
-        return self.depth
-
-    def _points(self) -> None:
-        points, colors = masked_cloud(self.scene)
-        try:
-            cloud = fuse_points(points, colors, self.options.fusion)
-        except ValueError as error:
-            # A scene that took minutes is not thrown away because its cloud is too wide for the
-            # grid (a field of view near 180 degrees does that): it is saved at full density.
-            self.notes.append(f"pcds.ply is not thinned out: {error}")
-            whole = dataclasses.replace(self.options.fusion, voxel_size=None)
-            cloud = fuse_points(points, colors, whole)
-        self.cloud = cloud.points, cloud.colors
-        write_ply(self.folder / "pcds.ply", *self.cloud)
-
-    def _preview(self) -> None:
-        request = self.request
-        height, width = self.rgb.shape[1:3]
-        facts = [str(request.task), f"{len(self.rgb)} frames", f"{width} x {height}"]
-        facts += [_cameras_text(request), f"seed {request.seed}"]
-        if self.config.get("untrained"):
-            facts.append("embedded model with untrained weights: not a picture of the scene")
-        points, colors = self.cloud or masked_cloud(self.scene)
-        sheet = contact_sheet(
-            PreviewContent(
-                title=request.prompt or "(no prompt)",
-                subtitle="  ·  ".join(facts),
-                views=[_as_uint8(image) for image in request.images],
-                rgb=self.rgb,
-                depth=self._depth(),
-                points=points,
-                colors=colors,
-                extrinsics=np.asarray(self.scene.extrinsics, dtype=np.float64),
-            )
-        )
-        sheet.save(self.folder / "preview.png", optimize=True)
+def _first(writer: SceneWriter) -> Exception:
+    return next(iter(writer.errors.values()))
 
 
-def _cameras_text(request: SceneRequest) -> str:
-    if request.task == "allview":
-        return "cameras estimated"
-    return "cameras given" if isinstance(request.cameras, Cameras) else f"cameras {request.cameras}"
-
-
-def _as_uint8(image: ImageLike) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of anything that a request takes as an image."""
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    array = np.asarray(image)
-    if array.dtype != np.uint8:
-        array = (array.clip(0.0, 1.0) * 255.0).astype(np.uint8).transpose(1, 2, 0)
-    return np.asarray(Image.fromarray(array).convert("RGB"))
+def _reason(error: Exception, folder: Path) -> str:
+    """One line that does not name the temporary folder, which is gone when it is read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).replace(f"{folder}/", "").split())
+    return text or type(error).__name__
 
 
 def _record(
@@ -221,10 +180,12 @@ def _record(
     options: OutputOptions,
     config: Mapping[str, Any],
     sources: Iterable[str],
-    writing: Mapping[str, float],
+    writer: SceneWriter,
+    failed: Mapping[str, str],
 ) -> dict[str, Any]:
     info = dict(scene.info)
-    seconds = {**info.pop("seconds", {}), **writing}
+    seconds = {**info.pop("seconds", {}), **writer.seconds}
+    cloud = writer.cloud
     given = isinstance(request.cameras, Cameras)
     return {
         "request": {
@@ -243,5 +204,10 @@ def _record(
         "versions": versions(),
         "seconds": {name: round(float(value), 4) for name, value in seconds.items()},
         "peak_memory": peak_memory(),
+        "cloud": None
+        if cloud is None
+        else {"points": len(cloud), "backend": cloud.backend, "counts": cloud.counts},
+        "notes": writer.notes,
+        "failed": dict(failed),
         "scene": info,
     }

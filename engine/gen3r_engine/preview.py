@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gen3r_engine.splat import Viewpoint, orbit, render
+from gen3r_engine.splat import MAX_POINTS, Viewpoint, orbit, render
 
 WIDTH = 1400
 _MARGIN, _GAP, _LABEL = 28, 8, 26
@@ -129,16 +129,19 @@ def _cloud(
 ) -> Image.Image:
     keep = np.isfinite(content.points).all(axis=1)
     points, colors = content.points[keep], content.colors[keep]
+    step = max(1, len(points) // MAX_POINTS)
+    points, colors = points[::step], colors[::step]
     if not len(points):
         empty = Image.new("RGB", (width, height), _PANEL)
         ImageDraw.Draw(empty).text((16, 14), "no points passed the mask", _QUIET, _font(16))
         return empty
+    known = content.extrinsics[np.isfinite(content.extrinsics).all(axis=(1, 2))]
+    reference = known[0] if len(known) else np.eye(4)
     # Rendered at twice the size and reduced: smooth edges from hard squares.
-    view = orbit(
-        points, content.extrinsics[0], yaw=yaw, pitch=pitch, width=2 * width, height=2 * height
-    )
+    view = orbit(points, reference, yaw=yaw, pitch=pitch, width=2 * width, height=2 * height)
     picture = Image.fromarray(render(points, colors, view, _PANEL))
-    _camera_path(ImageDraw.Draw(picture), content.extrinsics, view)
+    if len(known):
+        _camera_path(ImageDraw.Draw(picture), known, view)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_MAX_POINTS = 600_000  # more than the picture has pixels several times over
+MAX_POINTS = 600_000  # more than the picture has pixels several times over
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def render(
     """
     image = np.empty((view.height, view.width, 3), dtype=np.uint8)
     image[:] = background
-    step = max(1, -(-len(points) // _MAX_POINTS))
+    step = max(1, -(-len(points) // MAX_POINTS))
     points, colors = points[::step], colors[::step]
     if not len(points):
         return image

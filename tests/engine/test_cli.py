@@ -12,6 +12,7 @@ import pytest
 from gen3r.scene import Cameras
 from gen3r.writers import write_cameras
 from gen3r_engine.cli import main
+from gen3r_engine.fusion import REMOVE_FAR
 from tests.engine.commands import run
 from tests.engine.scenes import MadeEngine
 
@@ -29,7 +30,7 @@ def test_one_photo(here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture
     (request,) = engine.requests
     assert (request.task, request.prompt, request.cameras) == ("1view", "a room", "zoom_in")
     assert (request.num_frames, request.height, request.width, request.seed) == (5, 56, 56, 42)
-    assert engine.calls == [{"steps": 50, "guidance": 5.0}]
+    assert engine.calls == [{"steps": 50, "guidance": 5.0, "fusion": None}]
     shown = capsys.readouterr()
     (folder,) = (here / "outputs" / "1view").iterdir()
     assert f"outputs/1view/{folder.name}" in shown.out
@@ -53,13 +54,66 @@ def test_flags_reach_the_model(here: Path, engine: MadeEngine) -> None:
     )
     assert (request.num_frames, request.height, request.width, request.seed) == (9, 56, 112, 9)
     assert [np.asarray(i).shape for i in request.images] == [(60, 80, 3), (90, 70, 3)]
-    assert engine.calls == [{"steps": 7, "guidance": 3.5}]
+    assert engine.calls == [{"steps": 7, "guidance": 3.5, "fusion": REMOVE_FAR}]
     config = engine.config
     assert (config.dtype, config.device, config.attention) == ("bfloat16", "cpu", "reference")
     saved = record(here / "results" / "x")
     assert saved["config"]["fusion"]["far_percentile"] == 80
     assert saved["config"]["fusion"]["voxel_size"] == 0.003
     assert saved["config"]["outputs"] == ["points", "cameras"]
+
+
+def test_fusion_flags_reach_the_cloud(here: Path, engine: MadeEngine) -> None:
+    flags = "--outputs ply --normals --confidence 20 --voxel-size 0.04 --fusion-backend python"
+    assert run("--frame_path", "a.png", *flags.split()) == 0
+    saved = record()
+    fusion, cloud = saved["config"]["fusion"], saved["cloud"]
+    assert (fusion["normals"], fusion["confidence_percentile"]) == (True, 20.0)
+    assert (fusion["voxel_size"], fusion["backend"], cloud["backend"]) == (0.04, "python", "python")
+    assert saved["config"]["outputs"] == ["points"]
+    assert cloud["counts"]["given"] == 5 * 56 * 56 and cloud["points"] == cloud["counts"]["cells"]
+    (path,) = here.glob("outputs/*/*/pcds.ply")
+    assert b"property float nx" in path.read_bytes()
+    assert run("--frame_path", "a.png", "--voxel-size", "0", "--output_dir", "whole") == 0
+    assert record(here / "whole")["config"]["fusion"]["voxel_size"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--confidence 100", "--confidence: confidence_percentile 100.0 must be in [0, 100)"),
+        ("--voxel-size -1", "--voxel-size: voxel_size -1.0 must be > 0"),
+        ("--fusion-backend gpu", "--fusion-backend: backend 'gpu' is unknown; known: auto, cuda"),
+        ("--outputs rgb,obj", "--outputs: output 'obj' is unknown; choose from rgb, depth"),
+    ],
+)
+def test_bad_fusion_flags(
+    here: Path,
+    engine: MadeEngine,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    message: str,
+) -> None:
+    assert run("--frame_path", "a.png", *flags.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert message in shown.err and not engine.requests
+
+
+def test_fusion_backends_that_are_not_there(
+    here: Path,
+    engine: MadeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("gen3r_engine.native.native", lambda: None)
+    monkeypatch.setattr("gen3r_engine.native.why_missing", lambda: "not built")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run("--frame_path", "a.png", "--fusion-backend", "native") == 2
+    assert "--fusion-backend: native is not built; or use auto" in capsys.readouterr().err
+    assert run("--frame_path", "a.png", "--fusion-backend", "cuda") == 2
+    assert "--fusion-backend: cuda needs a CUDA GPU" in capsys.readouterr().err
+    assert not engine.requests
 
 
 @pytest.mark.parametrize("words", [["translate down"], ["translate", "down"], ["translate_down"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -23,6 +24,7 @@ def test_version_and_help(here: Path) -> None:
         *("--pretrained_model_name_or_path", "--task", "--prompts", "--frame_path", "--cameras"),
         *("--output_dir", "--remove_far_points", "--steps", "--guidance", "--seed", "--frames"),
         *("--size", "--negative_prompt", "--dtype", "--device", "--requests", "--outputs"),
+        *("--normals", "--confidence", "--voxel-size", "--fusion-backend"),
     ):
         assert flag in helped.stdout
 
@@ -30,14 +32,18 @@ def test_version_and_help(here: Path) -> None:
 @pytest.mark.slow
 def test_embedded_model_makes_a_scene(tmp_path: Path) -> None:
     flags = ["--frame_path", str(REPOSITORY / PHOTO), "--steps", "2", "--prompts", "a room"]
+    flags += ["--outputs", "all", "--normals", "--confidence", "10"]
     done = process("run", *flags, cwd=tmp_path, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "untrained" in done.stderr
     (folder,) = (tmp_path / "outputs" / "1view").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == [
-        *("cameras.json", "depth.mp4", "pcds.ply", "preview.png", "prompts.txt", "rgb.mp4"),
-        "run.json",
+        *("cameras.json", "depth", "depth.mp4", "images", "pcds.ply", "preview.png"),
+        *("prompts.txt", "rgb.mp4", "run.json", "scene.glb", "scene.npz", "sparse"),
+        *("transforms.json", "view.html"),
     ]
+    cloud = json.loads((folder / "run.json").read_text())["cloud"]
+    assert cloud["points"] > 0 and cloud["counts"]["unsure"] > 0
     assert f"outputs/1view/{folder.name}/preview.png" in done.stdout
     assert "denoise" in done.stderr and "\x1b" not in done.stderr, "plain lines off a terminal"
 

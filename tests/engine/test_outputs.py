@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from datetime import datetime
 from pathlib import Path
@@ -13,9 +14,8 @@ from PIL import Image
 from gen3r.media import load_video, read_cameras
 from gen3r.scene import SceneRequest
 from gen3r.writers import masked_cloud
-from gen3r_engine import outputs
 from gen3r_engine.depth_colors import colormap, depth_colors
-from gen3r_engine.fusion import FusionConfig
+from gen3r_engine.fusion import FusionConfig, PointCloud
 from gen3r_engine.outputs import OUTPUTS, OutputOptions, write_scene
 from gen3r_engine.splat import orbit, render
 from tests.engine.scenes import made_scene
@@ -45,8 +45,9 @@ def test_everything_is_written_and_holds_the_scene(tmp_path: Path) -> None:
     assert written.path == tmp_path / "1view" / "20261122_1730"
     assert written.files == sorted(p.name for p in written.path.iterdir())
     assert written.files == [
-        *("cameras.json", "depth.mp4", "pcds.ply", "preview.png", "prompts.txt", "rgb.mp4"),
-        *("run.json", "scene.npz"),
+        *("cameras.json", "depth", "depth.mp4", "images", "pcds.ply", "preview.png"),
+        *("prompts.txt", "rgb.mp4", "run.json", "scene.glb", "scene.npz", "sparse"),
+        *("transforms.json", "view.html"),
     ]
     frames = np.stack(load_video(written.path / "rgb.mp4")).astype(int)
     assert np.abs(frames - np.asarray(scene.rgb)).mean() < 8
@@ -67,10 +68,29 @@ def test_everything_is_written_and_holds_the_scene(tmp_path: Path) -> None:
     assert record["seed"] == 7
     assert record["config"]["fusion"]["voxel_size"] == 0.05
     assert record["seconds"]["denoise"] == 1.5
-    assert record["seconds"]["write points"] > 0
+    assert record["seconds"]["write points"] > 0 and record["seconds"]["fuse points"] > 0
+    assert record["cloud"]["backend"] in ("native", "python")
+    counts = record["cloud"]["counts"]
+    assert counts["given"] == scene.mask.numel()
+    assert counts["masked"] == int((~scene.mask).sum())
+    assert record["cloud"]["points"] == counts["cells"] <= counts["kept"]
+    assert record["failed"] == {}
     assert record["peak_memory"]["host_bytes"] > 10**6
     assert record["versions"]["torch"]
     assert record["scene"]["solver"] == "euler"
+
+
+def test_a_cloud_that_the_engine_made_is_kept(tmp_path: Path) -> None:
+    points, colors = np.ones((3, 3)), np.full((3, 3), 9, np.uint8)
+    cloud = PointCloud(points, colors, counts={"given": 3, "cells": 3}, backend="cuda")
+    scene = dataclasses.replace(made_scene(), cloud=cloud)
+    written = write_scene(scene, request(), tmp_path, OutputOptions(frozenset({"ply"})))
+    record = json.loads((written.path / "run.json").read_text())
+    assert record["cloud"] == {"points": 3, "backend": "cuda", "counts": cloud.counts}
+    assert "fuse points" not in record["seconds"]
+    assert b"element vertex 3\n" in (written.path / "pcds.ply").read_bytes()
+    assert OutputOptions(frozenset({"rgb", "npz"})).cloud_fusion is None
+    assert OutputOptions(frozenset({"glb"})).cloud_fusion == FusionConfig()
 
 
 def test_only_what_was_asked(tmp_path: Path) -> None:
@@ -87,19 +107,6 @@ def test_second_scene_of_a_minute_gets_a_number(tmp_path: Path) -> None:
     assert names == ["20261122_1730", "20261122_1730-2", "20261122_1730-3"]
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_nothing_stays_when_writing_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(outputs, "write_cameras", fail)
-    with pytest.raises(type(error)):
-        write_scene(made_scene(), request(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_unknown_output() -> None:
     with pytest.raises(ValueError, match="'video' is unknown; choose from rgb, depth"):
         OutputOptions(frozenset({"rgb", "video"}))
@@ -107,6 +114,13 @@ def test_unknown_output() -> None:
         OutputOptions(frozenset())
 
 
+def test_names_of_outputs() -> None:
+    assert OutputOptions(frozenset({"ply"})).outputs == {"points"}
+    assert OutputOptions(frozenset({"nerfstudio"})).outputs == {"nerfstudio", "points"}
+    assert OutputOptions(frozenset({"all", "rgb"})).outputs == set(OUTPUTS)
+
+
+@pytest.mark.filterwarnings("ignore:no point of")
 def test_preview_of_a_scene_without_points(tmp_path: Path) -> None:
     scene = made_scene()
     scene.mask[:] = False

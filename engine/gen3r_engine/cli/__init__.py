@@ -1,6 +1,7 @@
 """The command line ``gen3r-engine``: one module per command.
 
-Exit codes: 0 done, 1 failed, 2 wrong input (one line says what and how to mend), 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong input (one line says what and how to mend), 130 interrupted by
+Ctrl-C, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from gen3r_engine.cli import bench, doctor, run, verify, warmup
+from gen3r_engine.cli import bench, doctor, run, verify, view, warmup
 from gen3r_engine.cli.errors import UsageError, one_line
+from gen3r_engine.cli.signals import exit_code, sigterm_unwinds, told
 
-COMMANDS = {"run": run, "warmup": warmup, "verify": verify, "doctor": doctor, "bench": bench}
+COMMANDS = {
+    **{"run": run, "view": view, "warmup": warmup, "verify": verify, "doctor": doctor},
+    "bench": bench,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed the help, the version or the error
         return int(stop.code or 0)
     try:
-        return COMMANDS[args.command].main(args)
-    except KeyboardInterrupt:
-        print("interrupted; no unfinished result was left behind", file=sys.stderr)
-        return 130
+        with sigterm_unwinds():
+            return COMMANDS[args.command].main(args)
+    except KeyboardInterrupt as stop:
+        print(told(stop), file=sys.stderr)
+        return exit_code(stop)
     except BrokenPipeError:
         # The reader of our output went away (`gen3r-engine doctor | head`): nothing to tell it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,5 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         if args.verbose:
             traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        text = "; ".join([one_line(error), *getattr(error, "__notes__", ())])
+        print(f"error: {text}", file=sys.stderr)
         return error.code

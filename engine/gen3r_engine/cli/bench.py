@@ -3,6 +3,7 @@
 gen3r-engine bench --suite kernels                            # operators, providers side by side
 gen3r-engine bench --suite kernels --case 'layer_norm*' --provider eager gen3r
 gen3r-engine bench --suite step --preset eager exact fp8      # the denoising step and loop
+gen3r-engine bench --suite decode --case 'vae_*'              # a stage before or behind the loop
 gen3r-engine bench --suite e2e -- --steps 4 --scenes 2        # behind --: the suite's options
 gen3r-engine bench --report                                   # table and roofline plot
 gen3r-engine bench --compare before.jsonl after.jsonl         # exit code 1 if something got worse
@@ -22,8 +23,9 @@ from types import ModuleType
 from gen3r_engine.cli.errors import UsageError, user_input
 
 HELP = "measure operators, steps, scenes, memory or loading; report and compare"
-ENGINE_SUITES = ("step", "fidelity", "e2e", "memory", "startup")
-SUITES = ("kernels", "pipeline", "loading", "cpu", *ENGINE_SUITES)
+ENGINE_SUITES = ("step", "fidelity", "e2e", "memory", "startup", "decode")
+CASE_SUITES = ("kernels", "decode")
+SUITES = ("kernels", "pipeline", "loading", "cpu", "fusion", *ENGINE_SUITES)
 PROVIDERS = ("eager", "exact", "fp8", "24gb", "12gb")
 CHECKOUT = Path(__file__).resolve().parents[3]
 
@@ -46,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("A", "B"),
         help="changes from A to B, case by case",
     )
+    cases = parser.add_argument_group(f"--suite {', '.join(CASE_SUITES)}")
+    cases.add_argument("--case", nargs="+", default=[], help="only these cases (* and ? allowed)")
     kernels = parser.add_argument_group("--suite kernels")
-    kernels.add_argument("--case", nargs="+", default=[], help="only these cases (* and ? allowed)")
     kernels.add_argument("--provider", nargs="+", default=[], help="only these providers")
     kernels.add_argument("--list", action="store_true", help="say what would run, and stop")
     engine = parser.add_argument_group(f"--suite {', '.join(ENGINE_SUITES)}")
@@ -98,8 +101,10 @@ def main(args: argparse.Namespace) -> int:
 
 def suite_arguments(args: argparse.Namespace) -> list[str]:
     """The suite's own command line."""
+    if args.case and args.suite not in CASE_SUITES:
+        raise UsageError(f"--case belongs to --suite {', '.join(CASE_SUITES)}; leave it out")
     chosen = [("--case", args.case), ("--provider", args.provider)]
-    only_kernels = [flag for flag, value in (*chosen, ("--list", args.list)) if value]
+    only_kernels = [f for f, value in (chosen[1], ("--list", args.list)) if value]
     if args.suite != "kernels" and only_kernels:
         raise UsageError(f"{only_kernels[0]} belongs to --suite kernels; leave it out")
     engine = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gen3r_engine.cli.errors import UsageError, user_input
 from gen3r_engine.cli.progress import StageProgress, note
-from gen3r_engine.config import PRESETS, PROMPT_CACHES, TIERS
+from gen3r_engine.config import ENCODER_PRECISIONS, PRESETS, PROMPT_CACHES, TIERS
 
 if TYPE_CHECKING:
     from gen3r_engine.config import EngineConfig
@@ -27,6 +27,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch", type=int, default=1, help="most scenes per pass of the model (default: 1)")
     add("--dtype", choices=("float32", "bfloat16"), help="default: by device")
+    add(
+        "--encoder-precision",
+        choices=ENCODER_PRECISIONS,
+        default="model",
+        help="of the encoder of the views; model: as --dtype (default)",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1; default: cuda where there is one")
     add("--attention", default="auto", help="attention backend (see gen3r-engine doctor)")
     add("--allow_pickle", action="store_true", help="load .pth files too (weights only)")
@@ -83,6 +89,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             overlap=not args.no_overlap,
             device=args.device,
             dtype=args.dtype,
+            encoder_precision=args.encoder_precision,
             allow_pickle=args.allow_pickle,
         )
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from gen3r.scene import Scene, SceneRequest
     from gen3r_engine.engine import Engine
     from gen3r_engine.events import Event
+    from gen3r_engine.fusion import FusionConfig
     from gen3r_engine.outputs import OutputOptions
     from gen3r_engine.workers import BoundedWorker
 
@@ -62,11 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "translate_down (default: free)",
     )
     add("--output_dir", default="outputs", help="results go to OUTPUT_DIR/TASK/TIME")
-    add(
-        "--remove_far_points",
-        action="store_true",
-        help="keep the nearest 80 %% of the cloud, on a finer grid (0.003 instead of 0.005)",
-    )
     add("--requests", metavar="SCENES.jsonl", help="many scenes, one JSON object per line")
     add("--steps", type=int, default=50, help="denoising steps (default: 50)")
     add("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
@@ -78,8 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--outputs",
         metavar="LIST",
-        help="comma list of rgb,depth,points,cameras,preview,npz; default: all but npz",
+        help="comma list of rgb, depth, points (or ply), cameras, preview, npz, glb, colmap, "
+        "colmap_text, nerfstudio, depth_png, html, or all; default: the first five",
     )
+    add_fusion_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -112,16 +112,65 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed {args.seed} is negative; use 0 or more")
 
 
+def add_fusion_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the saved cloud is filtered and thinned out."""
+    add = parser.add_argument_group("point cloud").add_argument
+    add(
+        "--remove_far_points",
+        action="store_true",
+        help="keep the nearest 80 %% of the cloud, on a finer grid (0.003 instead of 0.005)",
+    )
+    add(
+        "--voxel-size",
+        type=float,
+        metavar="LENGTH",
+        help="edge of a grid cell in the scene's unit, one point a cell; 0 keeps every point",
+    )
+    add(
+        "--confidence",
+        type=float,
+        metavar="PERCENTILE",
+        help="drop the points that the model is least sure of, this many percent of them",
+    )
+    add("--normals", action="store_true", help="points carry normals, which face their camera")
+    add(
+        "--fusion-backend",
+        default="auto",
+        metavar="NAME",
+        help="auto, cuda, native (C++) or python; auto takes the first that can run",
+    )
+
+
 def _output_options(args: argparse.Namespace) -> OutputOptions:
-    from gen3r_engine.fusion import REMOVE_FAR, FusionConfig
     from gen3r_engine.outputs import DEFAULT_OUTPUTS, OutputOptions
 
     names = DEFAULT_OUTPUTS
     if args.outputs is not None:
         names = tuple(name.strip() for name in args.outputs.split(",") if name.strip())
-    fusion = REMOVE_FAR if args.remove_far_points else FusionConfig()
+    fusion = _fusion_config(args)
     with user_input("--outputs"):
         return OutputOptions(outputs=frozenset(names), fusion=fusion)
+
+
+def _fusion_config(args: argparse.Namespace) -> FusionConfig:
+    import torch
+
+    from gen3r_engine.fusion import REMOVE_FAR, FusionConfig
+    from gen3r_engine.native import native, why_missing
+
+    config = REMOVE_FAR if args.remove_far_points else FusionConfig()
+    with user_input("--fusion-backend"):
+        config = dataclasses.replace(config, backend=args.fusion_backend)
+        if config.backend == "native" and native() is None:
+            raise ValueError(f"native is {why_missing()}; or use auto or python")
+        if config.backend == "cuda" and not torch.cuda.is_available():
+            raise ValueError("cuda needs a CUDA GPU, none is here; use auto, native or python")
+    with user_input("--confidence"):
+        config = dataclasses.replace(config, confidence_percentile=args.confidence)
+    if args.voxel_size is not None:
+        with user_input("--voxel-size"):
+            config = dataclasses.replace(config, voxel_size=args.voxel_size or None)
+    return dataclasses.replace(config, normals=args.normals)
 
 
 @dataclass
@@ -134,9 +183,24 @@ class _Job:
     requests: list[SceneRequest]
     options: OutputOptions
     seconds: dict[str, float] = field(default_factory=dict)
+    kept: list[Path] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Make and write every scene. UsageError when memory or disk do not hold one."""
+        # An empty cloud is told in a note of the scene's own; warnings' filters are not a thread's.
+        warnings.filterwarnings("ignore", "no point of", UserWarning)
+        try:
+            self._run()
+        except (KeyboardInterrupt, UsageError) as stop:
+            if self.kept:
+                finished = f"{len(self.kept)} finished scenes" if len(self.kept) > 1 else "1 scene"
+                stop.add_note(f"{finished} kept in {self.args.output_dir}")
+            raise
+        if self.incomplete:
+            raise UsageError("; ".join(self.incomplete), code=1)
+
+    def _run(self) -> None:
         from gen3r_engine.engine import OutOfMemory
         from gen3r_engine.workers import BoundedWorker
 
@@ -148,6 +212,7 @@ class _Job:
                     self.requests,
                     steps=self.args.steps,
                     guidance=self.args.guidance,
+                    fusion=self.options.cloud_fusion,
                     on_event=lambda event: self._show(progress, event),
                 )
             try:
@@ -169,7 +234,7 @@ class _Job:
             progress(event.stage + self._name(event.index), event.done, event.total)
 
     def _write(self, scene: Scene, progress: StageProgress, writer: BoundedWorker) -> None:
-        from gen3r_engine.outputs import write_scene
+        from gen3r_engine.outputs import IncompleteScene, write_scene
 
         index = scene.info["index"]
 
@@ -178,16 +243,24 @@ class _Job:
                 raise KeyboardInterrupt  # the unfinished folder goes
             progress(stage + self._name(index), done, total)
 
-        with user_input("the scene could not be written", (OSError,), code=1):
-            written = write_scene(
-                scene,
-                self.requests[index],
-                self.args.output_dir,
-                self.options,
-                config=self._config(scene),
-                sources=self.plans[index].views.sources,
-                progress=report,
-            )
+        with user_input("the scene could not be written, nothing of it was kept", (OSError,), 1):
+            try:
+                written = write_scene(
+                    scene,
+                    self.requests[index],
+                    self.args.output_dir,
+                    self.options,
+                    config=self._config(scene),
+                    sources=self.plans[index].views.sources,
+                    progress=report,
+                )
+            except IncompleteScene as error:
+                # A disk that is full or gone stays so: no further scene is made for it.
+                if error.written is None or isinstance(error.__cause__, OSError):
+                    raise UsageError(str(error), code=1) from error
+                self.incomplete.append(str(error))
+                written = error.written
+        self.kept.append(written.path)
         for text in written.notes:
             note(text)
         progress.say(f"scene:   {written.path}")
