@@ -48,6 +48,7 @@ def adopt_pipeline(pipeline: Gen3RPipeline, config: EngineConfig) -> LoadedModel
         modules[name].to("cpu")
     if choice.precision != EXACT:
         apply_precision(pipeline.transformer, choice.precision)
+    pipeline.wan_vae.set_encoder_precision(config.encoder_precision)
     residency = Residency(modules, choice.residency, facts.device)
     # A fingerprint of its own: what 11 GB of weights are is not known without reading them.
     return LoadedModel(pipeline, residency, uuid.uuid4().hex, facts, choice)

@@ -1,7 +1,7 @@
 """EngineConfig: everything that a person may decide about the runtime, checked when it is made.
 
-What the numbers of a scene depend on is `preset`, `dtype` and `attention`; the rest is about time
-and memory. `presets.resolve` turns the words into what this GPU does.
+What the numbers of a scene depend on is `preset`, `dtype`, `encoder_precision` and `attention`; the
+rest is about time and memory. `presets.resolve` turns the words into what this GPU does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from gen3r.config import ENCODER_PRECISIONS
 
 PRESETS = ("exact", "fp8")
 TIERS = ("resident", "24gb", "12gb")  # most GPU memory first
@@ -36,6 +38,8 @@ class EngineConfig:
     overlap : encoding, decoding and writing of other scenes run beside the denoising of one.
     device : ``auto`` (the first GPU, or the CPU without one), ``cpu``, ``cuda`` or ``cuda:1``.
     dtype : ``bfloat16`` or ``float32``; None: bfloat16 on a GPU, float32 on a CPU.
+    encoder_precision : of the views' video autoencoder: ``model`` (as `dtype`, like upstream) or a
+        more exact one, ``mixed``, ``tf32`` or ``float32`` (`AppearanceVAE.set_encoder_precision`).
     allow_pickle : load .pth files too (weights only).
 
     Raises
@@ -56,12 +60,14 @@ class EngineConfig:
     overlap: bool = True
     device: str = "auto"
     dtype: str | None = None
+    encoder_precision: str = "model"
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         _choice("preset", self.preset, PRESETS)
         _choice("residency", self.residency, ("auto", *TIERS))
         _choice("prompt_cache", self.prompt_cache, PROMPT_CACHES)
+        _choice("encoder_precision", self.encoder_precision, ENCODER_PRECISIONS)
         if self.dtype is not None:
             _choice("dtype", self.dtype, DTYPES)
         for field in fields(self):

@@ -29,6 +29,7 @@ from gen3r_engine.config import EngineConfig, as_config
 from gen3r_engine.denoiser import Cancelled, Denoiser
 from gen3r_engine.events import Event, OnEvent, Reporter, SceneError
 from gen3r_engine.flow import Flow
+from gen3r_engine.fusion import FusionConfig
 from gen3r_engine.loading import LoadedModel, load_pipeline
 from gen3r_engine.memory import OutOfMemory, plan_batches
 from gen3r_engine.prompts import PromptCache, prompt_fingerprint
@@ -123,6 +124,7 @@ class Engine:
         solver: str = "euler",
         shift: float = 5.0,
         point_maps: bool = False,
+        fusion: FusionConfig | None = None,
         progress: Progress | None = None,
         on_event: OnEvent | None = None,
         latents: Tensor | None = None,  # [N, 16, f, h, 2 w]
@@ -137,6 +139,7 @@ class Engine:
                 solver=solver,
                 shift=shift,
                 point_maps=point_maps,
+                fusion=fusion,
                 progress=progress,
                 on_event=on_event,
                 latents=latents,
@@ -153,6 +156,7 @@ class Engine:
         solver: str = "euler",
         shift: float = 5.0,
         point_maps: bool = False,
+        fusion: FusionConfig | None = None,
         progress: Progress | None = None,
         on_event: OnEvent | None = None,
         latents: Tensor | None = None,  # [N, 16, f, h, 2 w]
@@ -167,6 +171,8 @@ class Engine:
         Parameters
         ----------
         steps, guidance, solver, shift, point_maps : as `Gen3RPipeline.__call__`.
+        fusion : the points of all frames become `Scene.cloud`, filtered and thinned out as this
+            says, on the GPU where there is one. None: no cloud.
         progress : called with (stage, done, total). on_event : called with every `Event`. Both are
             called from the engine's threads, one call at a time.
         latents, posterior_noise : noise in place of what the seeds give.
@@ -181,7 +187,7 @@ class Engine:
         """
         listed = [requests] if isinstance(requests, SceneRequest) else list(requests)
         schedule = make_schedule(solver, steps, shift=shift, euler=self.pipeline.scheduler)
-        sampling = Sampling(schedule, guidance, point_maps, latents, posterior_noise)
+        sampling = Sampling(schedule, guidance, point_maps, fusion, latents, posterior_noise)
         reporter = Reporter(progress, on_event)
         batches = self._batches(listed, reporter)
         facts = {"steps": steps, "guidance_scale": guidance, "solver": solver}

@@ -119,6 +119,7 @@ def load_pipeline(
         fingerprint_files(folder, reports[LAZY]),
         facts,
         choice,
+        config,
         {"check": checked - started, "read": time.perf_counter() - checked},
     )
 
@@ -137,7 +138,7 @@ def _embedded(config: EngineConfig) -> LoadedModel:
         pipeline.text_encoder, pipeline.tokenizer.backend_tokenizer.to_str()
     )
     seconds = {"check": 0.0, "read": time.perf_counter() - started}
-    return _finished(pipeline, modules, fingerprint, facts, choice, seconds)
+    return _finished(pipeline, modules, fingerprint, facts, choice, config, seconds)
 
 
 def _finished(
@@ -146,12 +147,14 @@ def _finished(
     fingerprint: str,
     facts: DeviceFacts,
     choice: PresetChoice,
+    config: EngineConfig,
     seconds: dict[str, float],
 ) -> LoadedModel:
     """Apply the preset and gather what was loaded."""
     started = time.perf_counter()
     if choice.precision != EXACT:
         apply_precision(pipeline.transformer, choice.precision)
+    pipeline.wan_vae.set_encoder_precision(config.encoder_precision)
     residency = Residency(modules, choice.residency, facts.device)
     seconds["apply preset"] = time.perf_counter() - started
     return LoadedModel(pipeline, residency, fingerprint, facts, choice, seconds)

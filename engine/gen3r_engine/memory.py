@@ -41,8 +41,15 @@ WORKING: dict[str, Working] = {
     "denoise": Working(3.5, 0.3),
     "decode appearance": Working(0.0, 4.7),
     "decode geometry": Working(0.0, 5.0),
+    "fuse": Working(0.0, 3.0),  # with the points, the depth and the pixels
+    "copy to the host": Working(0.0, 0.8),
 }
-BESIDE = ("encode views", "decode appearance", "decode geometry")  # beside another's denoising
+BESIDE = (
+    "encode views",
+    "decode appearance",
+    "decode geometry",
+    "fuse",
+)  # beside another's denoising
 
 
 class OutOfMemory(RuntimeError):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gen3r.precision import EXACT, FP8, Precision
+from gen3r.video_autoencoder import WORKING_GIB
 from gen3r_engine.config import TIERS, EngineConfig
 
 Capability = tuple[int, int]
@@ -72,11 +73,15 @@ LOWEST: dict[str, Capability] = {"exact": (8, 0), "fp8": (8, 9)}
 
 @dataclass(frozen=True)
 class TierNeed:
-    """GiB of GPU memory that one 49-frame 560 x 560 scene in bf16 needs at its peak in a tier."""
+    """GiB of GPU memory that one 49-frame 560 x 560 scene in bf16 needs at its peak in a tier.
+
+    working_gib : of it, what the autoencoders' activations may take; it sets the frames of a chunk.
+    """
 
     tier: str
     gib: float
     measured: str | None = None
+    working_gib: float = WORKING_GIB
 
 
 WEIGHTS_GIB = 17.8  # of the published model in bf16: 9.56 B parameters
@@ -87,7 +92,7 @@ TIER_NEEDS: dict[str, TierNeed] = {
         # Allocated at the peak: 27.0 and 15.3 GiB; taken by the allocator: 31.9 and 20.4.
         TierNeed("resident", 28.0, _ON_H100),
         TierNeed("24gb", 22.0, _ON_H100),
-        TierNeed("12gb", 11.0),
+        TierNeed("12gb", 11.0, working_gib=2.5),
     )
 }
 
@@ -119,6 +124,7 @@ class PresetChoice:
     dtype : of the weights, ``bfloat16`` or ``float32``.
     budget_gib : GPU memory that may be used, None on a CPU.
     measured, residency_measured : where the figures are, or None.
+    working_gib : memory for the autoencoders' activations.
     """
 
     preset: str
@@ -130,6 +136,7 @@ class PresetChoice:
     budget_gib: float | None
     measured: str | None
     residency_measured: str | None
+    working_gib: float = WORKING_GIB
 
 
 def device_facts(config: EngineConfig) -> DeviceFacts:
@@ -205,6 +212,7 @@ def resolve(
         budget,
         row.measured,
         TIER_NEEDS[tier].measured,
+        TIER_NEEDS[tier].working_gib,
     )
 
 

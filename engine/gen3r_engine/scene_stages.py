@@ -1,4 +1,4 @@
-"""The stages of a batch of scenes on one engine: encode, denoise, decode, finish.
+"""The stages of a batch of scenes on one engine: encode, denoise, decode, fuse, finish.
 
 Every stage calls gen3r's functions. Added here: text features from the cache, modules brought to
 the GPU and away as the memory tier says, the captured denoising loop, streams, asynchronous copies.
@@ -6,11 +6,12 @@ the GPU and away as the memory tier says, the captured denoising loop, streams, 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -34,11 +35,16 @@ from gen3r.schedulers import Schedule
 from gen3r.transformer import Conditions
 from gen3r_engine.denoiser import Cancelled, Denoiser
 from gen3r_engine.events import SceneError
+from gen3r_engine.fusion import FusionConfig, fuse
+from gen3r_engine.fusion_device import cloud_tensors, fuse_tensors, take_cloud
 from gen3r_engine.memory import OutOfMemory, guard, working_gib
 from gen3r_engine.presets import PresetChoice
 from gen3r_engine.prompts import PromptCache
 from gen3r_engine.residency import Residency
 from gen3r_engine.streams import HostCopy, Streams
+
+if TYPE_CHECKING:
+    from gen3r_engine.fusion_cuda import FusedTensors
 
 Stop = Callable[[], bool]
 
@@ -47,6 +53,7 @@ Stop = Callable[[], bool]
 class Sampling:
     """How the scenes of one call are sampled.
 
+    fusion : how the points become one cloud; None: they are left as they are.
     latents [N, 16, f, h, 2 w], posterior_noise [N, 16, f, h, w] : noise of all N requests, in place
         of what their seeds give; for tests and comparisons.
     """
@@ -54,6 +61,7 @@ class Sampling:
     schedule: Schedule
     guidance: float
     point_maps: bool = False
+    fusion: FusionConfig | None = None
     latents: Tensor | None = None
     posterior_noise: Tensor | None = None
 
@@ -110,6 +118,8 @@ class Decoded:
     row: int
     copy: HostCopy
     run: Run  # of this scene's decoding
+    fusion: FusionConfig | None  # how the points become a cloud
+    fused: FusedTensors | None  # the cloud, where the GPU made it
 
 
 class SceneStages:
@@ -201,7 +211,8 @@ class SceneStages:
                 image = stages.embed_views(clip, clips[:, :, 0])
             with self.residency.use("wan_vae") as vae:
                 tasks = [r.task or "" for r in requests]
-                control = stages.encode_control(vae, clips, tasks, draws)
+                gib = self.choice.working_gib
+                control = stages.encode_control(vae, clips, tasks, draws, gib)
             conditions = join_conditions(transformer, texts, image, control, torch.cat(packed))
         return Encoded(conditions, noise)
 
@@ -260,17 +271,43 @@ class SceneStages:
             run.stage("decode appearance", 1),
             self.residency.use("wan_vae") as vae,
         ):
-            pixels = to_bytes(stages.decode_appearance(vae, appearance)[0])
+            rgb = stages.decode_appearance(vae, appearance, self.choice.working_gib)
+            pixels = to_bytes(rgb[0])
         with (
             self._beside("decode geometry", indices, request),
             run.stage("decode geometry", 1),
             self.residency.use("geo_adapter", "vggt") as (adapter, vggt),
         ):
+            need, gib = stages.scene_geometry(sampling.point_maps), self.choice.working_gib
             g = stages.decode_geometry(
-                adapter, vggt, geometry, height, width, point_maps=sampling.point_maps
+                adapter, vggt, geometry, height, width, need=need, working_gib=gib
             )
-            copy = self.streams.to_host(scene_tensors(pixels, g))
-        return Decoded(batch, row, copy, run)
+        tensors = scene_tensors(pixels, g)
+        fused = self._fuse(tensors, sampling.fusion, indices, request, run)
+        with self._beside("copy to the host", indices, request):
+            copy = self.streams.to_host(tensors | cloud_tensors(fused))
+        return Decoded(batch, row, copy, run, sampling.fusion, fused)
+
+    def _fuse(
+        self,
+        tensors: dict[str, Tensor | None],
+        config: FusionConfig | None,
+        indices: tuple[int, ...],
+        request: SceneRequest,
+        run: Run,
+    ) -> FusedTensors | None:
+        """The cloud on the GPU; None where it is not asked for or another backend makes it."""
+        if config is None or not self._on_gpu(config):
+            return None
+        # Too wide for the voxels (a field of view near 180 degrees does that): the scene is not
+        # lost for it, its cloud is left to whoever writes it, who says so.
+        too_wide = suppress(ValueError)
+        with self._beside("fuse", indices, request), run.stage("fuse", 1), too_wide:
+            return fuse_tensors(Scene(**cast(dict[str, Any], tensors)), config)
+        return None
+
+    def _on_gpu(self, config: FusionConfig) -> bool:
+        return self.device.type == "cuda" and config.backend in ("auto", "cuda")
 
     def finish(self, decoded: Decoded) -> Scene:
         """The scene on the host; for a worker thread, which may wait here."""
@@ -279,7 +316,16 @@ class SceneStages:
             with self._quiet:
                 decoded.copy.wait()
             arrays: dict[str, Any] = decoded.copy.result()
-        scene = Scene(**arrays)
+        cloud = take_cloud(arrays, decoded.fused)
+        scene = Scene(**arrays, cloud=cloud)
+        config = decoded.fusion
+        if config is not None and not self._on_gpu(config):
+            with (
+                failing((batch.indices[row],), "fuse"),
+                decoded.run.stage("fuse", 1),
+                suppress(ValueError),  # as in `_fuse`
+            ):
+                scene = dataclasses.replace(scene, cloud=fuse(scene, config))
         scene.info.update(
             scene_facts(batch.requests[row], self.dtype, self.device, decoded.run),
             seconds={**batch.run.seconds, **decoded.run.seconds},

@@ -19,6 +19,7 @@ from gen3r.schedulers import make_schedule
 from gen3r.transformer import Conditions
 from gen3r_engine.caches import CacheFolder, WarmKey
 from gen3r_engine.denoiser import Denoiser
+from gen3r_engine.fusion import FusionConfig
 from gen3r_engine.scene_stages import Batch, Sampling, SceneStages
 
 Shape = tuple[int, int, int, int]  # frames, height, width, batch
@@ -98,7 +99,7 @@ def run_once(
 
 
 def rehearse(scenes: SceneStages, frames: int, height: int, width: int) -> float:
-    """Encode and decode a made-up scene, text left out, so that their kernels are compiled.
+    """Encode, decode and fuse a made-up scene, without text, so that their kernels are compiled.
 
     Returns seconds.
     """
@@ -110,7 +111,8 @@ def rehearse(scenes: SceneStages, frames: int, height: int, width: int) -> float
     )
     pipeline, device = scenes.pipeline, scenes.device
     batch = Batch((0,), (request,), device)
-    sampling = Sampling(make_schedule("euler", 1, euler=pipeline.scheduler), guidance=1.0)
+    schedule = make_schedule("euler", 1, euler=pipeline.scheduler)
+    sampling = Sampling(schedule, guidance=1.0, fusion=FusionConfig())
     width_of_text = pipeline.config.transformer.text_dim
     text = torch.zeros(TEXT_TOKENS, width_of_text, device=device, dtype=pipeline.dtype)
     encoded = scenes.views(batch, sampling, [text])
