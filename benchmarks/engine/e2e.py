@@ -22,9 +22,10 @@ from benchmarks.energy import Meter
 from benchmarks.engine.common import GUIDANCE, Options, Provider, Rows, parser, resolve_options
 from benchmarks.engine.scenes import Runner, Solo, loaded, requests_for, solo, solo_rows
 from benchmarks.pipeline import check
+from gen3r_engine.fusion import FusionConfig
 
 SCENES, SOLO_STEPS = 4, 10
-DECODE = ("decode appearance", "decode geometry")
+DECODE = ("decode appearance", "decode geometry", "fuse")
 
 
 def measure(provider: Provider, options: Options, rows: Rows, meter: Meter) -> None:
@@ -43,13 +44,14 @@ def stream(runner: Runner, options: Options, rows: Rows, meter: Meter, alone: So
     requests = requests_for(options, count)
     joules, start = meter.read(), time.perf_counter()
     finished, denoise = list[float](), list[float]()
-    for scene in engine.stream(requests, steps=options.steps, guidance=GUIDANCE):
+    scenes = engine.stream(requests, steps=options.steps, guidance=GUIDANCE, fusion=FusionConfig())
+    for scene in scenes:
         finished.append(time.perf_counter() - start)
         check(scene, options.frames, options.size)
         denoise.append(scene.info["seconds"].get("denoise", 0.0))
     after = meter.read()
     loops = count * options.steps * statistics.median(alone.step_ms) / 1000
-    decode = sum(alone.stages[stage] for stage in DECODE)
+    decode = sum(alone.stages.get(stage, 0.0) for stage in DECODE)
     rows.add(
         *(f"stream_{count}", name, "time", "s", [finished[-1]]),
         steps=options.steps,

@@ -18,6 +18,7 @@ from benchmarks.weights import fill_transformer
 from gen3r.pipeline import STAGES, Gen3RPipeline
 from gen3r.scene import Scene, SceneRequest
 from gen3r_engine.engine import Engine
+from gen3r_engine.fusion import FusionConfig
 from gen3r_kernels import Backends
 
 
@@ -32,7 +33,9 @@ class Runner:
     def scene(self, request: SceneRequest, steps: int) -> Scene:
         """One scene, alone."""
         if self.engine is not None:
-            return self.engine.generate(request, steps=steps, guidance=GUIDANCE)[0]
+            return self.engine.generate(
+                request, steps=steps, guidance=GUIDANCE, fusion=FusionConfig()
+            )[0]
         scenes = self.pipeline(
             requests=[request], num_inference_steps=steps, guidance_scale=GUIDANCE
         )
@@ -121,7 +124,8 @@ def solo(runner: Runner, options: Options, steps: int) -> Solo:
     again = dataclasses.replace(request, prompt=f"{request.prompt} again")  # a text not yet kept
     scene, seconds, peak = timed(runner, again, steps)
     check(scene, options.frames, options.size)
-    found: dict[str, float] = {name: scene.info["seconds"][name] for name in STAGES}
+    seconds_of = scene.info["seconds"]
+    found: dict[str, float] = {n: seconds_of[n] for n in (*STAGES, "fuse") if n in seconds_of}
     step_ms = list(runner.engine.denoiser.step_times) if runner.engine is not None else []
     if not step_ms:
         step_ms = [1000 * found["denoise"] / steps]
