@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Case of a row, name in the picture; in the order of a scene.
+FUSE = "scene_fuse"  # not in every row set: the plain pipeline fuses when it writes
 STAGES = {
     "scene_encode_text": "encode text",
     "scene_encode_views": "encode views",
     "scene_denoise": "denoise",
     "scene_decode_appearance": "decode appearance",
     "scene_decode_geometry": "decode geometry",
+    FUSE: "fuse",
 }
 WHOLE_STEPS = 50  # of a scene as the model is meant to be run
 
@@ -39,9 +41,9 @@ def stage_seconds(rows: Sequence[Row], shape: str) -> dict[str, dict[str, float]
             if provider in found:
                 continue
             times = {r["case"]: r["p50"] / 1000 for r in timed if r["provider"] == provider}
-            if not {*STAGES, "scene_step"} <= times.keys():
+            if not {*STAGES, "scene_step"} - {FUSE} <= times.keys():
                 continue
-            stages = {STAGES[case]: times[case] for case in STAGES}
+            stages = {STAGES[case]: times.get(case, 0.0) for case in STAGES}
             stages["denoise"] = WHOLE_STEPS * times["scene_step"]
             found[provider] = stages
     return found
