@@ -94,6 +94,8 @@ bool descend(Part& part) {
 Part cut(Part& part) {
     const size_t children = (part.count + part.child - 1) / part.child;
     const size_t left = (children + 1) / 2 * part.child;
+    // A tight box cuts better, and costs little where the items are in the cache.
+    if (part.count <= 4096) part.box = bounds(part.items, part.count);
     const Box& box = part.box;
     int axis = 0;
     for (int a = 1; a < 3; ++a) {

@@ -271,18 +271,20 @@ class SceneStages:
             run.stage("decode appearance", 1),
             self.residency.use("wan_vae") as vae,
         ):
-            rgb = stages.decode_appearance(vae, appearance, self.choice.working_gib)
-            pixels = to_bytes(rgb[0])
+            gib = self.choice.working_gib
+            pixels = to_bytes(stages.decode_appearance(vae, appearance, gib)[0])
         with (
             self._beside("decode geometry", indices, request),
             run.stage("decode geometry", 1),
             self.residency.use("geo_adapter", "vggt") as (adapter, vggt),
         ):
-            need, gib = stages.scene_geometry(sampling.point_maps), self.choice.working_gib
+            need = stages.scene_geometry(sampling.point_maps)
             g = stages.decode_geometry(
                 adapter, vggt, geometry, height, width, need=need, working_gib=gib
             )
-        tensors = scene_tensors(pixels, g)
+            # Here, on the stream beside the loop: what is launched outside these blocks would run
+            # on the default stream, unordered with it and into a capture under way.
+            tensors = scene_tensors(pixels, g)
         fused = self._fuse(tensors, sampling.fusion, indices, request, run)
         with self._beside("copy to the host", indices, request):
             copy = self.streams.to_host(tensors | cloud_tensors(fused))

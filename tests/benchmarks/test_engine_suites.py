@@ -201,7 +201,7 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
         f"fidelity-{slug}.png",
     ]
     text = written[0].read_text()
-    assert "| exact | 0.5 | 0.5 | 40 | 0.5 | 0.5 | 42 |" in text
+    assert "| exact | 0.5 | 0.5 | 40 | 0.5 | 0.5 | 0.5 | 42.5 |" in text
     assert "| exact | 1.00e-03 (1.0e-05) | 2.00e-03 (1.0e-04) |" in text
     assert "| energy, J |" in text and "| 3.3e+04 |" in text
 
