@@ -38,6 +38,7 @@ from gen3r_engine.events import SceneError
 from gen3r_engine.fusion import FusionConfig, fuse
 from gen3r_engine.fusion_device import cloud_tensors, fuse_tensors, take_cloud
 from gen3r_engine.memory import OutOfMemory, guard, working_gib
+from gen3r_engine.packing import pack_frames
 from gen3r_engine.presets import PresetChoice
 from gen3r_engine.prompts import PromptCache
 from gen3r_engine.residency import Residency
@@ -272,7 +273,7 @@ class SceneStages:
             self.residency.use("wan_vae") as vae,
         ):
             gib = self.choice.working_gib
-            pixels = to_bytes(stages.decode_appearance(vae, appearance, gib)[0])
+            pixels = _as_bytes(stages.decode_appearance(vae, appearance, gib)[0])
         with (
             self._beside("decode geometry", indices, request),
             run.stage("decode geometry", 1),
@@ -369,6 +370,12 @@ def failing(indices: tuple[int, ...], stage: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SceneError(indices, stage, error) from error
+
+
+def _as_bytes(
+    rgb: Tensor,  # [F, H, W, 3] in [0, 1]
+) -> Tensor:  # the same, uint8
+    return to_bytes(rgb) if rgb.is_cuda else torch.from_numpy(pack_frames(rgb))
 
 
 def _rows(tensor: Tensor | None, indices: Sequence[int]) -> Tensor | None:
