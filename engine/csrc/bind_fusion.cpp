@@ -30,7 +30,7 @@ const T* data(const py::object& object, const char* name, size_t rows, py::ssize
                                      : array.ndim() == 2 && array.shape(1) == columns;
     if (!shaped || static_cast<size_t>(array.shape(0)) != rows) {
         throw std::invalid_argument(std::string(name) + " must have " + std::to_string(rows) +
-                                    " rows of " + std::to_string(std::max<py::ssize_t>(columns, 1)));
+                                    " rows of " + std::to_string(columns == 0 ? 1 : columns));
     }
     return static_cast<const T*>(array.data());
 }

@@ -20,7 +20,8 @@ size_t count_kept(const std::vector<uint8_t>& fate, Keep&& keep) {
 }
 
 void drop_invalid(const CloudView& cloud, int threads, std::vector<uint8_t>& fate) {
-    parallel_for(static_cast<int64_t>(cloud.count), kGrain, threads, [&](int64_t begin, int64_t end) {
+    const auto count = static_cast<int64_t>(cloud.count);
+    parallel_for(count, kGrain, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             double p[3];
             cloud.point(i, p);

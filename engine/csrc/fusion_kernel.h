@@ -1,4 +1,4 @@
-// The search of fusion_search.cpp, which includes this once for every instruction set that it serves,
+// The search of fusion_search.cpp, included there once for each instruction set that it serves,
 // with GEN3R_ISA the name of the namespace and GEN3R_LANES the doubles in a register: 8 is AVX-512,
 // 4 is AVX2, 2 is any machine. Hence no include guard.
 //
@@ -8,8 +8,8 @@
 // another at distance d, so one more walk finds the few blocks that can matter to any of the 16.
 // Each of the others then starts with the least bound that the finished ones give it: nearly every
 // distance that passes is one of the wanted, and they are only collected. Which of them are the
-// nearest is found by counting how many lie below a threshold, which vector instructions do in a few
-// cycles, instead of by sorting.
+// nearest is found by counting how many lie below a threshold, a few cycles of vector instructions,
+// instead of by sorting.
 namespace gen3r {
 namespace GEN3R_ISA {
 namespace {
@@ -229,7 +229,9 @@ GEN3R_INLINE void search(const NeighborTree& tree, const double* q, Nearest& nea
         for (unsigned bits = nearer(distance, nearest.bound()); bits != 0; bits &= bits - 1) {
             const int i = __builtin_ctz(bits);
             int at = depth++;
-            for (; at > first && stack[at - 1].distance < distance[i]; --at) stack[at] = stack[at - 1];
+            for (; at > first && stack[at - 1].distance < distance[i]; --at) {
+                stack[at] = stack[at - 1];
+            }
             stack[at] = {distance[i], visit.index * kWide + i, visit.level - 1};
         }
     }

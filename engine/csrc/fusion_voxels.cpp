@@ -1,7 +1,7 @@
 // The end of the fusion: one averaged point a cell, or the points as they are.
 //
-// Points are sorted by cell, stably, so that every sum is taken in the order of the input, as numpy's
-// bincount does: the means are equal to the last bit on any number of threads.
+// Points are sorted by cell, stably, so that every sum is taken in the order of the input, as by
+// numpy's bincount: the means are equal to the last bit on any number of threads.
 #include <algorithm>
 #include <cmath>
 #include <sstream>

@@ -162,7 +162,8 @@ CASE(too_many_cells_and_empty_clouds) {
     auto options = plain();
     options.filter_outliers = false;
     options.voxel_size = 1e-9;
-    CHECK_THROWS(fuse_points(view(points, colors), options), std::invalid_argument, "larger voxels");
+    const auto wide = view(points, colors);
+    CHECK_THROWS(fuse_points(wide, options), std::invalid_argument, "larger voxels");
     CHECK(fuse_points(view({}, {}), options).count == 0);
     options.filter_outliers = true;
     CHECK(fuse_points(view({}, {}), options).count == 0);
