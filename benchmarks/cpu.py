@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.fusing import fusing
+from benchmarks import fusion_cpu
 from benchmarks.harness import Measurement, library_versions, percentiles, write_rows
 from benchmarks.timing import shape_name
 from gen3r.cameras import depth_bounds, trajectory
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     run: dict[str, Callable[[], list[Measurement]]] = {
         "operators": operators,
-        "fuse_points": fusing,
+        "fuse_points": fusion_cpu.comparison,
         "writing": partial(writing, options.frames, options.size),
     }
     rows = [row for name in parts if options.only in (None, name) for row in run[name]()]

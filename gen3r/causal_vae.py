@@ -17,19 +17,21 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gen3r.causal_video import (
+from gen3r.causal_layers import (
     CausalConv3d,
     ChannelRMSNorm,
     ChunkCache,
     DoublingConv2d,
-    FrameAttention,
     Pointwise,
-    ResidualBlock,
     TemporalDoubling,
     TemporalHalving,
+    number_slots,
+)
+from gen3r.causal_video import (
+    FrameAttention,
+    ResidualBlock,
     norm_and_conv,
     norm_silu_conv,
-    number_slots,
     per_frame,
 )
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gen3r.causal_layers import ChunkCache
 from gen3r.causal_vae import CausalDecoder, CausalEncoder, CausalVAE
-from gen3r.causal_video import ChunkCache, per_frame
+from gen3r.causal_video import per_frame
 from gen3r.config import GeometryAdapterConfig
 from gen3r.video_autoencoder import VideoAutoencoder
 from gen3r_kernels import Backends

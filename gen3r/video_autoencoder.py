@@ -13,8 +13,9 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from gen3r.causal_layers import ChunkCache, use_backends
 from gen3r.causal_vae import CausalVAE
-from gen3r.causal_video import ChunkCache, Posterior, use_backends
+from gen3r.causal_video import Posterior
 from gen3r_kernels import Backends
 
 LOGVAR_RANGE = (-30.0, 20.0)

@@ -33,7 +33,8 @@ from gen3r_engine.fusion import FusionConfig
 from gen3r_engine.loading import LoadedModel, load_pipeline
 from gen3r_engine.memory import OutOfMemory, plan_batches
 from gen3r_engine.prompts import PromptCache, prompt_fingerprint
-from gen3r_engine.scene_stages import Batch, Sampling, SceneStages
+from gen3r_engine.scene_batches import Batch, Sampling
+from gen3r_engine.scene_stages import SceneStages
 from gen3r_engine.streams import Streams
 from gen3r_engine.warming import Warmth, rehearse, run_once
 

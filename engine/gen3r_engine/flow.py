@@ -27,7 +27,8 @@ from torch import Tensor
 from gen3r.scene import Scene
 from gen3r_engine.denoiser import Cancelled
 from gen3r_engine.memory import OutOfMemory
-from gen3r_engine.scene_stages import Batch, Decoded, Encoded, Sampling, SceneStages
+from gen3r_engine.scene_batches import Batch, Decoded, Encoded, Sampling
+from gen3r_engine.scene_stages import SceneStages
 
 WAITING = 2
 POLL_SECONDS = 0.05

@@ -24,7 +24,7 @@ from gen3r_engine.config import EngineConfig
 from gen3r_engine.engine import Engine
 from gen3r_engine.fidelity import Curve, Recorder, curve
 from gen3r_engine.memory import OutOfMemory
-from gen3r_engine.scene_stages import Batch, Sampling
+from gen3r_engine.scene_batches import Batch, Sampling
 from gen3r_kernels import Backends
 
 PLAIN = Backends(operators="reference", attention="sdpa")

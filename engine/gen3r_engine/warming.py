@@ -20,7 +20,8 @@ from gen3r.transformer import Conditions
 from gen3r_engine.caches import CacheFolder, WarmKey
 from gen3r_engine.denoiser import Denoiser
 from gen3r_engine.fusion import FusionConfig
-from gen3r_engine.scene_stages import Batch, Sampling, SceneStages
+from gen3r_engine.scene_batches import Batch, Sampling
+from gen3r_engine.scene_stages import SceneStages
 
 Shape = tuple[int, int, int, int]  # frames, height, width, batch
 TEXT_TOKENS = 16  # any number: the step does not depend on it

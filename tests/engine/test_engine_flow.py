@@ -18,7 +18,7 @@ from gen3r_engine.denoiser import Cancelled
 from gen3r_engine.events import SceneError
 from gen3r_engine.flow import WAITING, Flow
 from gen3r_engine.memory import OutOfMemory, guard
-from gen3r_engine.scene_stages import Batch, failing
+from gen3r_engine.scene_batches import Batch, failing
 from gen3r_engine.workers import BoundedWorker
 from tests.engine.scenes import made_scene
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gen3r.appearance_vae import AppearanceVAE
-from gen3r.causal_video import ChunkCache, Posterior
+from gen3r.causal_layers import ChunkCache
+from gen3r.causal_video import Posterior
 from gen3r.config import GEN3R, AppearanceVAEConfig, GeometryAdapterConfig
 from gen3r.geometry_adapter import GeometryAdapter
 from gen3r.video_autoencoder import LIVE, VideoAutoencoder

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import fusing
+from benchmarks import fusion_cpu
 from gen3r_engine.native import native
 
 
 def test_rows_of_every_provider_that_is_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fusing, "SIZES", ((2000, 14),))
-    rows = fusing.fusing()
+    monkeypatch.setattr(fusion_cpu, "SIZES", ((2000, 14),))
+    rows = fusion_cpu.comparison()
     providers = {row.provider for row in rows}
     skipped = {"open3d", "python", "native"} - providers
     assert "python" in providers and (native() is None or "native" in providers)

@@ -35,7 +35,7 @@ CONFIG = FusionConfig()
 Arrays = tuple[NDArray[np.float64], NDArray[np.uint8]]
 
 
-def fusing() -> list[Measurement]:
+def comparison() -> list[Measurement]:
     """Seconds and memory of outlier filter and voxel grid, for 1 M and 4 M points."""
     rows: list[Measurement] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def _rows(provider: str, count: int, found: dict[str, Any]) -> list[Measurement]
 
 def _in_a_process(provider: str, file: Path) -> dict[str, Any] | str:
     """What `measure` found, or why it could not run."""
-    command = [sys.executable, "-m", "benchmarks.fusing", provider, str(file)]
+    command = [sys.executable, "-m", "benchmarks.fusion_cpu", provider, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
