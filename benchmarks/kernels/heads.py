@@ -31,7 +31,6 @@ NAMES = ("eager", "compile", "gen3r")
 FRAMES = 8
 PATCH = 14
 LAST_FEATURES = 32
-SPECIAL_TOKENS = 5
 
 
 def _last(x: Tensor) -> Tensor:
