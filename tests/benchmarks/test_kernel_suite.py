@@ -29,7 +29,7 @@ NAMES = {
     *("unproject", "rms_norm_silu", "rms_norm_silu_backward", "causal_conv3d", "linear_qkv"),
     *("linear_o", "linear_ffn1", "linear_ffn2", "linear_layer", "attention"),
     *("attention_backward", "cross_attention", "conv2d_add_relu", "resize_bilinear"),
-    *("dense_output", "layer_norm_rope"),
+    *("dense_output", "layer_norm_rope", "upsample_conv2d"),
 }
 CEILINGS = {
     "copy": Ceiling("copy", "8", "float32", "GB/s", [10.0]),

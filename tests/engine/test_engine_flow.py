@@ -228,13 +228,18 @@ def test_worker_tells_an_error_at_the_next_job_or_the_end() -> None:
 def test_worker_finishes_after_an_error_and_stops_after_ctrl_c() -> None:
     for error, expected in ((ValueError(), [1, 2]), (KeyboardInterrupt(), [1])):
         done: list[int] = []
+        begun = threading.Event()
 
-        def slow(worker: BoundedWorker, done: list[int] = done) -> None:
+        def slow(
+            worker: BoundedWorker, done: list[int] = done, begun: threading.Event = begun
+        ) -> None:
+            begun.set()
             worker.stopping.wait(0.2)
             done.append(1)
 
         with pytest.raises(type(error)), BoundedWorker("test") as worker:
             worker.submit(slow, worker)
             worker.submit(done.append, 2)
+            assert begun.wait(10)
             raise error
         assert done == expected
