@@ -7,18 +7,20 @@ pairs of frames: [B, 2 C, T, H, W] becomes [B, C, 2 T, H, W], the first half of 
 
 The appearance VAE's 3x3x3 convolutions at 49 x 560 x 560 hold 1.2e14 of its operations: 96 channels
 at 560x560 (0.62 TFLOP for 4 frames, 0.84 ms at the 746 TFLOP/s of an H100), 192 at 280x280 (the
-same), 384 at 140x140 and 70x70. Measured on an H100 in bf16, TFLOP/s; the kernel
-(`causal_conv3d_triton`) reads past and x where they are and adds the residual to its sums, cuDNN
-is given past and x concatenated and adds bias and residual in passes of its own, all counted:
+same), 384 at 140x140 and 70x70. Measured on an H100 in bf16, TFLOP/s, each shape alone, with the configurations that run (which were
+chosen inside the decoder, see `causal_conv3d_triton`). cuDNN is given x behind its past. The first
+three are rows of the suite `kernels`; the others are from probes with residual or pairs, for which
+cuDNN takes passes of its own:
 
 | shape | kernel | cuDNN channels-last |
 |---|---|---|
-| 96 to 96, 3x3x3, 12 frames of 560x560 | 522 | 187 |
-| 192 to 192, 3x3x3, 12 of 280x280 | 596 | 439 |
-| 384 to 384, 3x3x3, 12 of 140x140 | 581 | 507 |
-| 384 to 384, 3x3x3, 12 of 70x70 | 447 | 508 |
-| 512 to 512, 3x3x3, 24 of 70x70 | 477 | 711 |
-| 128 to 128, 3x3x3, 24 of 70x70 | 377 | 391 |
+| 96 to 96, 3x3x3, 4 frames of 560x560 | 429 | 199 |
+| 192 to 192, 3x3x3, 4 of 280x280 | 530 | 469 |
+| 384 to 384, 3x3x3, 2 of 140x140 | 449 | 485 |
+| 96 to 96, 12 of 560x560, inside the decoder 397 | 421 | 187 |
+| 192 to 192, 12 of 280x280, inside the decoder 643 | 520 | 439 |
+| 384 to 384, 12 of 70x70 (cuDNN runs) | 447 | 508 |
+| 512 to 512, 24 of 70x70 (cuDNN runs) | 477 | 711 |
 | 384 to 768, 3x1x1 into pairs, 6 of 140x140 | 509 | 234 |
 | 3 to 96, 3x3x3, 12 of 560x560 | 40 | 10 |
 | 96 to 3, 3x3x3, 12 of 560x560 | 22 | 17 |
