@@ -7,10 +7,10 @@ pairs of frames: [B, 2 C, T, H, W] becomes [B, C, 2 T, H, W], the first half of 
 
 The appearance VAE's 3x3x3 convolutions at 49 x 560 x 560 hold 1.2e14 of its operations: 96 channels
 at 560x560 (0.62 TFLOP for 4 frames, 0.84 ms at the 746 TFLOP/s of an H100), 192 at 280x280 (the
-same), 384 at 140x140 and 70x70. Measured on an H100 in bf16, TFLOP/s, each shape alone, with the configurations that run (which were
-chosen inside the decoder, see `causal_conv3d_triton`). cuDNN is given x behind its past. The first
-three are rows of the suite `kernels`; the others are from probes with residual or pairs, for which
-cuDNN takes passes of its own:
+same), 384 at 140x140 and 70x70. Measured on an H100 in bf16, TFLOP/s, each shape alone, with the
+configurations that run (which were chosen inside the decoder, see `causal_conv3d_triton`). cuDNN is
+given x behind its past. The first three are rows of the suite `kernels`; the others are from probes
+with residual or pairs, for which cuDNN takes passes of its own:
 
 | shape | kernel | cuDNN channels-last |
 |---|---|---|
