@@ -24,7 +24,7 @@ from gen3r.encoders import encode_image, preprocess_clip, to_uint8
 from gen3r.geometry_adapter import GeometryAdapter
 from gen3r.scene import Cameras, SceneRequest
 from gen3r.schedulers import Schedule
-from gen3r.transformer import Conditions, WanTransformer
+from gen3r.transformer import Conditions, RawConditions, WanTransformer
 from gen3r.vggt import VGGT, bootstrap
 from gen3r.vggt.tokens import token_views
 from gen3r.video_autoencoder import WORKING_GIB
@@ -148,7 +148,7 @@ StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
 def denoise(
     transformer: WanTransformer,
-    conditions: Conditions,
+    conditions: Conditions | RawConditions,
     latents: Tensor,  # [B, 16, f, h, 2 w] float32 noise
     schedule: Schedule,
     guidance_scale: float,
@@ -158,7 +158,7 @@ def denoise(
 
     `on_step(step, timestep, latents)` runs after each step and may return other latents.
     """
-    guided = conditions.text.shape[0] == 2 * latents.shape[0]
+    guided = len(conditions.text) == 2 * len(latents)
     history: tuple[Tensor, ...] = ()
     for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
         rows = torch.cat([latents, latents]) if guided else latents

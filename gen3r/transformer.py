@@ -10,9 +10,9 @@ are the checkpoint's parameter names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from gen3r.camera_control import CameraAdapter
 from gen3r.config import TransformerConfig
 from gen3r.rope import rope_table
-from gen3r.transformer_blocks import Block, Head, ImageProjection, KeysValues, Norm
+from gen3r.transformer_blocks import (
+    Block,
+    Head,
+    ImageProjection,
+    KeysValues,
+    Norm,
+    Pending,
+    add_and_norm,
+)
 from gen3r_kernels import Backends, layer_norm_modulate
 
 
@@ -41,6 +49,25 @@ class Conditions:
     image: Tensor
     cameras: Tensor | None
     control: Tensor
+
+
+@dataclass(frozen=True)
+class RawConditions:
+    """What `WanTransformer.condition` takes: a forward pass given this does that first.
+
+    Training needs it: the projections have gradients, and sharded weights are whole inside a
+    forward pass only.
+
+    text : per row [n_i, text_dim], n_i <= text_len
+    image : [B, 257, clip_dim]
+    control : [B, in_dim - out_dim, f, 2h, 2w]
+    cameras : [B, 24, f, 16 h, 16 w] packed Pluecker maps, or None
+    """
+
+    text: Sequence[Tensor]
+    image: Tensor
+    control: Tensor
+    cameras: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -79,13 +106,37 @@ def pad_text(
     return torch.stack([F.pad(t[:length], (0, 0, 0, length - min(len(t), length))) for t in texts])
 
 
+class Spread(Protocol):
+    """Tokens spread over several GPUs: each keeps a part of them between embedding and head."""
+
+    def take(self, x: Tensor, dim: int) -> Tensor:
+        """This GPU's part of all tokens along `dim`."""
+        ...
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """All tokens along `dim` from every GPU's part, with a derivative."""
+        ...
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function; what `WanTransformer.run_block` does where nothing is recomputed."""
+    return function(*arguments)
+
+
 class WanTransformer(nn.Module):
-    """See the module's docstring. `model(...)` predicts the flow's velocity (noise - sample)."""
+    """See the module's docstring. `model(...)` predicts the flow's velocity (noise - sample).
+
+    run_block : calls a block's function with its arguments; training puts activation
+        checkpointing here
+    spread : None, or how tokens are spread over several GPUs; `SelfAttention.attend` is then set
+    """
 
     def __init__(self, config: TransformerConfig, backends: Backends) -> None:
         super().__init__()
         dim = config.dim
         self.config, self.backends = config, backends
+        self.run_block: Callable[..., Any] = call
+        self.spread: Spread | None = None
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, config.patch_size, stride=config.patch_size
         )
@@ -154,6 +205,30 @@ class WanTransformer(nn.Module):
         scenes = rows if scenes is None else scenes
         if scenes < 1 or rows % scenes:
             raise ValueError(f"{rows} rows of conditions are no multiple of {scenes} scenes")
+        embedding, grid = self.embed_control(conditions, scenes)
+        return StepConstants(
+            embedding=embedding,
+            keys_values=tuple(
+                block.cross_attn.keys_values(
+                    conditions.text, conditions.image, conditions.text_lengths
+                )
+                for block in self.typed_blocks
+            ),
+            rope=rope_table(grid, self.config.head_dim, side_by_side, embedding.device),
+            grid=grid,
+        )
+
+    def embed_control(
+        self,
+        conditions: Conditions,
+        scenes: int,
+    ) -> tuple[Tensor, tuple[int, int, int]]:  # [scenes, S, C] float32, and the token grid
+        """The share of control latents, bias and cameras in the patch embedding.
+
+        Raises
+        ------
+        ValueError : a latent grid that the patch size does not divide.
+        """
         patch, control = self.config.patch_size, conditions.control[:scenes]
         if any(n % p for n, p in zip(control.shape[2:], patch, strict=True)):
             raise ValueError(
@@ -165,41 +240,39 @@ class WanTransformer(nn.Module):
         if conditions.cameras is not None:
             embedding = embedding + conditions.cameras[:scenes].float()
         grid = (embedding.shape[2], embedding.shape[3], embedding.shape[4])
-        return StepConstants(
-            embedding=embedding.flatten(2).transpose(1, 2).contiguous(),
-            keys_values=tuple(
-                block.cross_attn.keys_values(
-                    conditions.text, conditions.image, conditions.text_lengths
-                )
-                for block in self.typed_blocks
-            ),
-            rope=rope_table(grid, self.config.head_dim, side_by_side, embedding.device),
-            grid=grid,
-        )
+        return embedding.flatten(2).transpose(1, 2).contiguous(), grid
+
+    def time_rows(
+        self,
+        timesteps: Tensor,  # [T]
+    ) -> tuple[Tensor, Tensor]:  # [T, C] and [T, 6, C] float32
+        """The time embedding, and what every block adds its own modulation to."""
+        features = sinusoidal_embedding(timesteps, self.config.freq_dim)
+        e = _float32(self.time_embedding, features)
+        return e, _float32(self.time_projection, e).unflatten(-1, (6, -1))
 
     def tables(
         self,
         timesteps: Tensor,  # [T]
     ) -> Tensor:  # [T, 6 L + 2, C] float32
         """All modulation of the network at each timestep: six rows a block, then the head's two."""
-        features = sinusoidal_embedding(timesteps, self.config.freq_dim)
-        e = _float32(self.time_embedding, features)
-        e0 = _float32(self.time_projection, e).unflatten(-1, (6, -1))
+        e, e0 = self.time_rows(timesteps)
         parts = [block.modulation.float() + e0 for block in self.typed_blocks]
         return torch.cat([*parts, self.head.modulation.float() + e[:, None]], dim=1)
 
     def embed(
         self,
         latents: Tensor,  # [n, out_dim, f, h, w]
-        constants: StepConstants,
+        embedding: Tensor,  # [n, S, C] float32, of the control latents
+        grid: tuple[int, int, int],
     ) -> Tensor:  # [n, S, C] float32
         """The residual stream before the first block."""
-        f, h, w = constants.grid
+        f, h, w = grid
         p, q, r = self.config.patch_size
         x = latents.to(self.dtype).reshape(len(latents), -1, f, p, h, q, w, r)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # a patch: (c, p, q, r)
         weight = self.patch_embedding.weight[:, : self.config.out_dim].flatten(1)
-        return constants.embedding + F.linear(x, weight).float()
+        return embedding + F.linear(x, weight).float()
 
     def velocity(
         self,
@@ -217,7 +290,7 @@ class WanTransformer(nn.Module):
         norms: list[Norm] = [{"shift": rows[6 * i], "scale": rows[6 * i + 1]} for i in range(count)]
         norms.append({"shift": rows[-2], "scale": rows[-1]})
         reads = [*(block.self_attn.reads for block in self.typed_blocks), self.dtype]
-        stream = self.embed(latents, constants)
+        stream = self.embed(latents, constants.embedding, constants.grid)
         normed = layer_norm_modulate(
             stream,
             **norms[0],
@@ -241,17 +314,39 @@ class WanTransformer(nn.Module):
         self,
         latents: Tensor,  # [B, out_dim, f, h, w] joint latents
         timesteps: Tensor,  # [B], 0 to 1000
-        conditions: Conditions,
+        conditions: Conditions | RawConditions,
         side_by_side: bool | None = None,
     ) -> Tensor:  # [B, out_dim, f, h, w] float32
         """Velocity of the joint latents; `side_by_side` as in `prepare`.
+
+        Block by block through `Block.alone`: each block's parameters are read inside it, all others
+        here and nowhere else, as recomputing and sharding want it.
 
         Raises
         ------
         ValueError : a latent grid that the patch size or the two halves do not divide.
         """
-        constants = self.prepare(conditions, side_by_side)
-        return self.velocity(latents, self.tables(timesteps), constants)
+        if isinstance(conditions, RawConditions):
+            given = conditions
+            conditions = self.condition(given.text, given.image, given.control, given.cameras)
+        e, time = self.time_rows(timesteps)
+        embedding, grid = self.embed_control(conditions, len(latents))
+        stream = self.embed(latents, embedding, grid)
+        rope = rope_table(grid, self.config.head_dim, side_by_side, stream.device)
+        if self.spread is not None:
+            stream = self.spread.take(stream, 1)
+            rope = (self.spread.take(rope[0], 0), self.spread.take(rope[1], 0))
+        shared = (time, conditions.text, conditions.image, conditions.text_lengths, rope)
+        pending: Pending | None = None
+        for block in self.typed_blocks:
+            stream, pending = self.run_block(block.alone, stream, pending, *shared)
+        shift, scale = (self.head.modulation.float() + e[:, None]).split(1, dim=1)
+        last: Norm = {"shift": shift, "scale": scale}
+        _, normed = add_and_norm(self, stream, pending, last, self.dtype)
+        patches = self.head.head(normed)
+        if self.spread is not None:
+            patches = self.spread.gather(patches, 1)
+        return self.unpatchify(patches, grid)
 
     def unpatchify(
         self,

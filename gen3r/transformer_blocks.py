@@ -6,7 +6,7 @@ Source: Wan2.1 (arXiv 2503.20314). Module names are the checkpoint's parameter n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from gen3r_kernels import (
     attention_quantized,
     cross_attention,
     gated_residual,
+    layer_norm_modulate,
     linear,
     quantize,
     rms_norm,
@@ -29,6 +30,7 @@ from gen3r_kernels import (
 from gen3r_kernels.dispatch import FLOAT8
 
 Norm = dict[str, Tensor | None]  # tables of layer_norm_modulate, by their argument names
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v to the output, all [B, S, H, D]
 
 
 class RMSNorm(nn.Module):
@@ -75,12 +77,15 @@ class SelfAttention(Attention):
 
     qkv : None, or the layer that computes q, k and v in one product (their own layers are gone)
     int8_scores : whether scores are products of int8 (see `gen3r.precision`)
+    attend : None, or what computes the attention of q, k, v in the place of the operator: where
+        the tokens are spread over several GPUs
     """
 
     def __init__(self, config: TransformerConfig, backends: Backends) -> None:
         super().__init__(config, backends)
         self.qkv: QuantizedLinear | None = None
         self.int8_scores = False
+        self.attend: Attend | None = None
 
     def join(self, make: Callable[..., QuantizedLinear]) -> None:
         """Replace q, k and v by the one layer that `make(q, k, v)` gives."""
@@ -117,8 +122,18 @@ class SelfAttention(Attention):
             out = attention_quantized(*rows, v, backends=backends)
         else:
             q, k = rms_norm_rope(q, k, *gains, *rope, num_heads=heads, eps=eps, backends=backends)
-            out = attention(q, k, v, backends)
+            out = attention(q, k, v, backends) if self.attend is None else self.attend(q, k, v)
         return self.project(self.o, out.flatten(2))
+
+
+class Pending(NamedTuple):
+    """What is to be added to the residual stream: y * gate.
+
+    y : [B, S, C]; gate : [B, 1, C] float32, None for 1
+    """
+
+    y: Tensor
+    gate: Tensor | None
 
 
 class KeysValues(NamedTuple):
@@ -267,6 +282,38 @@ class Block(nn.Module):
         stream, normed = self.update(stream, attended, None, modulated, self.ffn.reads)
         return self.update(stream, self.ffn(normed), ffn_gate, following, following_dtype)
 
+    def alone(
+        self,
+        stream: Tensor,  # [B, S, C] float32
+        pending: Pending | None,
+        time: Tensor,  # [B, 6, C] float32, the projected time embedding
+        text: Tensor,  # [B, Lt, C]
+        image: Tensor,  # [B, Li, C]
+        text_lengths: Tensor,  # [B] int32
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Pending]:  # stream [B, S, C], and what is still to be added to it
+        """The block from its own parameters and nobody else's: a unit to shard or to recompute.
+
+        `forward` computes the next block's norm together with the last residual update, with
+        modulation and keys that are given; here the update is left to whoever comes next, so that
+        it still runs together with the norm, and modulation and keys are made on the spot.
+
+        pending : None in the first block.
+        """
+        rows = (self.modulation.float() + time).split(1, dim=1)
+        shift, scale, attention_gate, ffn_shift, ffn_scale, ffn_gate = rows
+        first: Norm = {"shift": shift, "scale": scale}
+        affine: Norm = {"weight": self.norm3.weight, "bias": self.norm3.bias}
+        modulated: Norm = {"shift": ffn_shift, "scale": ffn_scale}
+        stream, normed = add_and_norm(self, stream, pending, first, self.self_attn.reads)
+        attended = Pending(self.self_attn(normed, rope), attention_gate)
+        query_dtype = rows_dtype(self.cross_attn.q)
+        stream, normed = add_and_norm(self, stream, attended, affine, query_dtype)
+        keys_values = self.cross_attn.keys_values(text, image, text_lengths)
+        attended = Pending(self.cross_attn(self.cross_attn.queries(normed), keys_values), None)
+        stream, normed = add_and_norm(self, stream, attended, modulated, self.ffn.reads)
+        return stream, Pending(self.ffn(normed), ffn_gate)
+
     def update(
         self,
         stream: Tensor,  # [B, S, C] float32
@@ -276,15 +323,33 @@ class Block(nn.Module):
         out_dtype: torch.dtype,
     ) -> tuple[Tensor, Rows]:  # stream and normed
         """Add y * gate to the stream and apply the norm that follows."""
-        return gated_residual(
-            stream,
-            y,
-            gate,
-            **norm,
-            eps=self.config.eps,
-            out_dtype=out_dtype,
-            backends=self.backends,
+        return add_and_norm(self, stream, Pending(y, gate), norm, out_dtype)
+
+
+class HasNorms(Protocol):
+    """What `add_and_norm` reads: a block, or the whole transformer."""
+
+    config: TransformerConfig
+    backends: Backends
+
+
+def add_and_norm(
+    owner: HasNorms,
+    stream: Tensor,  # [B, S, C] float32
+    pending: Pending | None,
+    norm: Norm,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Rows]:  # stream and normed, both [B, S, C]
+    """Add what is pending to the stream and apply the norm that follows, in one pass."""
+    eps, backends = owner.config.eps, owner.backends
+    if pending is None:
+        normed = layer_norm_modulate(
+            stream, **norm, eps=eps, out_dtype=out_dtype, backends=backends
         )
+        return stream, normed
+    return gated_residual(
+        stream, pending.y, pending.gate, **norm, eps=eps, out_dtype=out_dtype, backends=backends
+    )
 
 
 class Head(nn.Module):

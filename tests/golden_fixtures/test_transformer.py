@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gen3r.config import TransformerConfig
 from gen3r.rope import rope_table
-from gen3r.transformer import WanTransformer, pad_text, sinusoidal_embedding
+from gen3r.transformer import RawConditions, WanTransformer, pad_text, sinusoidal_embedding
 from gen3r_kernels import Backends, rms_norm_rope_reference
 from tests.golden_fixtures.golden import COMPONENT_TOLERANCE, Golden, relative_error
 
@@ -47,7 +47,17 @@ def inputs(golden: Golden, case: str) -> dict[str, Any]:
 @torch.no_grad()
 def run(model: WanTransformer, given: dict[str, Any], side_by_side: bool | None = None) -> Tensor:
     conditions = model.condition(given["text"], given["image"], given["control"], given["cameras"])
-    return model(given["latents"], given["timesteps"], conditions, side_by_side)
+    constants = model.prepare(conditions, side_by_side)
+    return model.velocity(given["latents"], model.tables(given["timesteps"]), constants)
+
+
+@torch.no_grad()
+def run_by_block(
+    model: WanTransformer, given: dict[str, Any], side_by_side: bool | None = None
+) -> Tensor:
+    """The same through `forward`: each block by itself, as training runs them."""
+    raw = RawConditions(given["text"], given["image"], given["control"], given["cameras"])
+    return model(given["latents"], given["timesteps"], raw, side_by_side)
 
 
 def test_cases(golden: Golden) -> None:
@@ -78,6 +88,7 @@ def test_cases(golden: Golden) -> None:
         golden.check(f"{case}/mid/block_first", captured["block_first"][1][0])
         golden.check(f"{case}/mid/block_last", captured["block_last"][1][0])
         golden.check(f"{case}/out", out)
+        golden.check(f"{case}/out", run_by_block(model, given))
         with torch.no_grad():
             features = sinusoidal_embedding(given["timesteps"], model.config.freq_dim)
             e = model.time_embedding(features)
