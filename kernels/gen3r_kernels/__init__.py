@@ -6,6 +6,13 @@ picks the implementation from the tensors' device and dtype and from the ``Backe
 model was built with: kernels for CUDA tensors in reduced precision, the reference elsewhere.
 """
 
+from gen3r_kernels.adamw_step import (
+    AdamWPlan,
+    AdamWStep,
+    Moments,
+    adamw_step,
+    adamw_step_reference,
+)
 from gen3r_kernels.attention import attention, attention_reference
 from gen3r_kernels.attention_8bit import (
     attention_8bit_reference,
@@ -62,13 +69,18 @@ from gen3r_kernels.voxel_average import voxel_average, voxel_average_reference
 
 __all__ = [
     "ATTENTION_BACKENDS",
+    "AdamWPlan",
+    "AdamWStep",
     "AttentionBackend",
     "Backends",
     "EulerStep",
+    "Moments",
     "MultistepStep",
     "NeighborIndex",
     "Quantized",
     "QuantizedWeight",
+    "adamw_step",
+    "adamw_step_reference",
     "add_position",
     "attention",
     "attention_8bit_reference",
