@@ -10,9 +10,9 @@ are the checkpoint's parameter names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,16 +118,9 @@ class Spread(Protocol):
         ...
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the function; what `WanTransformer.run_block` does where nothing is recomputed."""
-    return function(*arguments)
-
-
 class WanTransformer(nn.Module):
     """See the module's docstring. `model(...)` predicts the flow's velocity (noise - sample).
 
-    run_block : calls a block's function with its arguments; training puts activation
-        checkpointing here
     spread : None, or how tokens are spread over several GPUs; `SelfAttention.attend` is then set
     """
 
@@ -135,7 +128,6 @@ class WanTransformer(nn.Module):
         super().__init__()
         dim = config.dim
         self.config, self.backends = config, backends
-        self.run_block: Callable[..., Any] = call
         self.spread: Spread | None = None
         self.patch_embedding = nn.Conv3d(
             config.in_dim, dim, config.patch_size, stride=config.patch_size
@@ -339,7 +331,7 @@ class WanTransformer(nn.Module):
         shared = (time, conditions.text, conditions.image, conditions.text_lengths, rope)
         pending: Pending | None = None
         for block in self.typed_blocks:
-            stream, pending = self.run_block(block.alone, stream, pending, *shared)
+            stream, pending = block.run(block.alone, stream, pending, *shared)
         shift, scale = (self.head.modulation.float() + e[:, None]).split(1, dim=1)
         last: Norm = {"shift": shift, "scale": scale}
         _, normed = add_and_norm(self, stream, pending, last, self.dtype)

@@ -6,7 +6,7 @@ Source: Wan2.1 (arXiv 2503.20314). Module names are the checkpoint's parameter n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,13 @@ from gen3r_kernels import (
 from gen3r_kernels.dispatch import FLOAT8
 
 Norm = dict[str, Tensor | None]  # tables of layer_norm_modulate, by their argument names
+Call = Callable[..., Any]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v to the output, all [B, S, H, D]
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function with its arguments: everything is kept for a backward pass."""
+    return function(*arguments)
 
 
 class RMSNorm(nn.Module):
@@ -243,6 +249,8 @@ class Block(nn.Module):
 
     The block is given its first norm's output and returns the next block's, so that every residual
     update runs together with the norm that reads it.
+
+    run : calls `alone` with its arguments; training puts activation checkpointing here
     """
 
     def __init__(self, config: TransformerConfig, backends: Backends) -> None:
@@ -253,6 +261,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config, backends)
         self.ffn = FeedForward(config, backends)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+        self.run: Call = call
 
     def forward(
         self,

@@ -51,7 +51,8 @@ def _round_stochastic(x, bits):
 SIGN_AND_UPPER_C = tl.constexpr(SIGN_AND_UPPER)
 
 
-@triton.jit
+# A seed of 1 would be compiled in as a constant, and any other compiled again.
+@triton.jit(do_not_specialize=["seed"])
 def _adamw_kernel(
     addresses,  # [5, N] int64: parameters, gradients, first and second moments, masters
     sizes,  # [N] int64

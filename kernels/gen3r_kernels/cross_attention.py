@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gen3r_kernels.attention import attention, attention_forward, attention_reference
-from gen3r_kernels.attention_backward import attention_backward
+from gen3r_kernels.attention import attention, attention_reference
 from gen3r_kernels.attention_triton import capability_of
 from gen3r_kernels.backends import Backends
+from gen3r_kernels.cross_attention_backward import cross_attention_backward
 from gen3r_kernels.cross_attention_triton import check_cross_operands, cross_attention_portable
 from gen3r_kernels.dispatch import use_triton
 
@@ -94,22 +94,33 @@ def _fake(
     return q.new_empty(q.shape)
 
 
+@torch.library.custom_op("gen3r::cross_attention_backward", mutates_args=())
+def _differentiate(
+    grad: Tensor,
+    q: Tensor,
+    k_text: Tensor,
+    v_text: Tensor,
+    k_image: Tensor,
+    v_image: Tensor,
+    text_lengths: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cross_attention_backward(grad, q, k_text, v_text, k_image, v_image, text_lengths)
+
+
+@_differentiate.register_fake
+def _fake_backward(grad: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in operands[:5])
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Two attention backwards over all keys, each after its forward, of which nothing was kept.
-
-    The padding takes part as single keys here, since each has a gradient of its own.
-    """
-    q, *keys = ctx.saved_tensors
-    parts = []
-    for k, v in (keys[:2], keys[2:]):
-        o, lse = attention_forward(q, k, v)
-        parts.append(attention_backward(grad, q, k, v, o, lse))
-    (dq_text, dk_text, dv_text), (dq_image, dk_image, dv_image) = parts
-    return dq_text + dq_image, dk_text, dv_text, dk_image, dv_image, None
+    q, *keys, lengths = ctx.saved_tensors
+    if lengths is None:  # all text keys are keys of their own
+        lengths = torch.full(q.shape[:1], keys[0].shape[1], dtype=torch.int32, device=q.device)
+    return *_differentiate(grad.to(q.dtype), q, *keys, lengths), None
 
 
 _cross_attention.register_autograd(_backward, setup_context=_save)

@@ -71,12 +71,16 @@ def test_half_precision() -> None:
     torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=2e-3)
 
 
-def test_backward() -> None:
-    inputs, lengths = operands(CASES[0])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("given", [True, False], ids=["lengths", "all"])
+def test_backward(case: Case, given: bool) -> None:
+    """Every key's own gradient, padding rows included."""
+    inputs, lengths = operands(case)
     grad = torch.randn_like(inputs[0])
     for x in inputs:
         x.requires_grad_()
-    ours = torch.autograd.grad(cross_attention(*inputs, TRITON, text_lengths=lengths), inputs, grad)
+    out = cross_attention(*inputs, TRITON, text_lengths=lengths if given else None)
+    ours = torch.autograd.grad(out, inputs, grad)
     theirs = torch.autograd.grad(cross_attention_reference(*inputs), inputs, grad)
     for actual, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
