@@ -28,6 +28,7 @@ SUITES = {
     "memory": "benchmarks.engine.memory",
     "startup": "benchmarks.engine.startup",
     "decode": "benchmarks.decode.suite",
+    "training": "benchmarks.training.suite",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gen3r import causal_vae, causal_video
+from gen3r import causal_layers
 from gen3r.cameras import decode_pose
 from gen3r.vggt import VGGT, token_list
 from gen3r.vggt.dense_decoder import Fusion, ResidualUnit
@@ -45,15 +45,8 @@ def rms_norm_silu(
 @contextmanager
 def upstream_norms() -> Iterator[None]:
     """Inside, the autoencoders take the norm above."""
-    users = [m for m in (causal_video, causal_vae) if hasattr(m, "rms_norm_silu")]
-    patches = [patch.object(module, "rms_norm_silu", rms_norm_silu) for module in users]
-    for one in patches:
-        one.start()
-    try:
+    with patch.object(causal_layers, "rms_norm_silu", rms_norm_silu):
         yield
-    finally:
-        for one in patches:
-            one.stop()
 
 
 def _add_position(x: Tensor, aspect: float) -> Tensor:

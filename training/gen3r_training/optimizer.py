@@ -113,11 +113,15 @@ class Optimizer:
                 self._step_float32(lr, scale)
             else:
                 adamw_step(self._plan, gradients, self._numbers(lr, scale), backends=self.backends)
+        self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Drop all gradients without an update."""
         for parameter in self.parameters.values():
             parameter.grad = None
         if self._sums is not None:
             torch._foreach_zero_(self._sums)
-        return norm
 
     def _gradients(self) -> list[Tensor]:
         if self._sums is not None:

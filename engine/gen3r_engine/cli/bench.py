@@ -4,6 +4,7 @@ gen3r-engine bench --suite kernels                            # operators, provi
 gen3r-engine bench --suite kernels --case 'layer_norm*' --provider eager gen3r
 gen3r-engine bench --suite step --preset eager exact fp8      # the denoising step and loop
 gen3r-engine bench --suite decode --case 'vae_*'              # a stage before or behind the loop
+gen3r-engine bench --suite training                           # training steps of both stages
 gen3r-engine bench --suite e2e -- --steps 4 --scenes 2        # behind --: the suite's options
 gen3r-engine bench --report                                   # table and roofline plot
 gen3r-engine bench --compare before.jsonl after.jsonl         # exit code 1 if something got worse
@@ -23,8 +24,8 @@ from types import ModuleType
 from gen3r_engine.cli.errors import UsageError, user_input
 
 HELP = "measure operators, steps, scenes, memory or loading; report and compare"
-ENGINE_SUITES = ("step", "fidelity", "e2e", "memory", "startup", "decode")
-CASE_SUITES = ("kernels", "decode")
+ENGINE_SUITES = ("step", "fidelity", "e2e", "memory", "startup", "decode", "training")
+CASE_SUITES = ("kernels", "decode", "training")
 SUITES = ("kernels", "pipeline", "loading", "cpu", "fusion", *ENGINE_SUITES)
 PROVIDERS = ("eager", "exact", "fp8", "24gb", "12gb")
 CHECKOUT = Path(__file__).resolve().parents[3]
