@@ -41,3 +41,10 @@ def clean_prompt(prompt: str, draw: Callable[[], float] = random.random) -> str:
         return text
     rest = text[opening.end() :]
     return "It is " + rest if draw() > SENTENCE_SHARE else rest[0].upper() + rest[1:]
+
+
+def possible_prompts(prompt: str) -> tuple[str, ...]:
+    """Everything that `clean_prompt` can make of a caption: at most three prompts."""
+    scripts = ((0.0,), (1.0, 0.0), (1.0, 1.0))
+    found = (clean_prompt(prompt, iter(script).__next__) for script in scripts)
+    return tuple(dict.fromkeys(found))

@@ -23,6 +23,9 @@ from gen3r.cameras import crop_intrinsics, relative_poses
 from gen3r.conditioning import resize_center_crop
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What PIL raises: OSError for missing, truncated and foreign files, the next two for broken chunks
+# of a PNG, the last for one that claims to be enormous.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def load_frames(
         try:
             with Image.open(path) as image:
                 pixels = torch.from_numpy(np.array(image.convert("RGB")))
-        except OSError:  # what PIL raises for missing, truncated and foreign files
+        except UNREADABLE:
             unreadable.append(position)
             continue
         planes = pixels.permute(2, 0, 1)[None].float()
