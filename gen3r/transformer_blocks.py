@@ -21,6 +21,7 @@ from gen3r_kernels import (
     gated_residual,
     layer_norm_modulate,
     linear,
+    linears,
     quantize,
     rms_norm,
     rms_norm_rope,
@@ -108,7 +109,10 @@ class SelfAttention(Attention):
         x: Rows,  # [B, S, C]
     ) -> tuple[Tensor, ...]:  # 3 x [B, S, C]; views of one tensor where the product is one
         if self.qkv is None:
-            return tuple(self.project(layer, x) for layer in (self.q, self.k, self.v))
+            layers = (self.q, self.k, self.v)
+            if torch.is_grad_enabled() and isinstance(x, Tensor):
+                return linears(x, [(layer.weight, layer.bias) for layer in layers])
+            return tuple(self.project(layer, x) for layer in layers)
         return self.project(self.qkv, x).chunk(3, dim=-1)
 
     def forward(

@@ -21,6 +21,7 @@ from gen3r_kernels.attention_8bit import (
     quantize_attention,
 )
 from gen3r_kernels.backends import ATTENTION_BACKENDS, AttentionBackend, Backends
+from gen3r_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from gen3r_kernels.causal_conv3d import causal_conv3d, causal_conv3d_reference
 from gen3r_kernels.conv2d_add_relu import conv2d_add_relu, conv2d_add_relu_reference
 from gen3r_kernels.cross_attention import cross_attention, cross_attention_reference
@@ -36,6 +37,7 @@ from gen3r_kernels.layer_norm_modulate import layer_norm_modulate, layer_norm_mo
 from gen3r_kernels.layer_norm_rope import layer_norm_rope, layer_norm_rope_reference
 from gen3r_kernels.linear import linear, linear_reference
 from gen3r_kernels.linear_fp8 import linear_fp8_reference
+from gen3r_kernels.linears import linears, linears_reference
 from gen3r_kernels.neighbor_distance import neighbor_distance, neighbor_distance_reference
 from gen3r_kernels.neighbor_index import NeighborIndex, build_index
 from gen3r_kernels.quantize import (
@@ -87,6 +89,8 @@ __all__ = [
     "attention_quantized",
     "attention_quantized_reference",
     "attention_reference",
+    "bias_gelu",
+    "bias_gelu_reference",
     "build_index",
     "causal_conv3d",
     "causal_conv3d_reference",
@@ -108,6 +112,8 @@ __all__ = [
     "linear",
     "linear_fp8_reference",
     "linear_reference",
+    "linears",
+    "linears_reference",
     "neighbor_distance",
     "neighbor_distance_reference",
     "quantize",

@@ -194,6 +194,14 @@ def adamw_step_reference(
         parameter.copy_(w)
 
 
+@dataclass(frozen=True)
+class PreparedGradients:
+    """gradients : one a parameter, laid out as it; addresses : [5, N] int64, see the kernel."""
+
+    gradients: Sequence[Tensor]
+    addresses: Tensor
+
+
 class AdamWPlan:
     """The tables of a set of parameters: made once, as their addresses do not change.
 
@@ -231,13 +239,40 @@ class AdamWPlan:
         self.fixed = [[t.data_ptr() for t in tensors] for tensors in fixed]
         self.own = [p.data_ptr() for p in parameters]
 
-    def launch(self, gradients: Sequence[Tensor], numbers: AdamWStep) -> None:
+    def prepare(self, gradients: Sequence[Tensor]) -> PreparedGradients:
+        """Check the gradients and put their addresses on the device.
+
+        Apart from the step itself, so that it can be done while the device still computes them.
+
+        Raises
+        ------
+        ValueError : gradients that are not one per parameter, not of its shape, or of two dtypes.
+        """
+        if len(gradients) != len(self.parameters):
+            raise ValueError(
+                f"adamw_step: {len(gradients)} gradients for {len(self.parameters)} parameters"
+            )
+        dtypes = {g.dtype for g in gradients}
+        if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float32}:
+            raise ValueError(f"adamw_step: gradients are all bfloat16 or all float32, got {dtypes}")
+        laid_out = []
+        for p, g in zip(self.parameters, gradients, strict=True):
+            if p.shape != g.shape:
+                raise ValueError(f"adamw_step: a gradient {tuple(g.shape)} for {tuple(p.shape)}")
+            if g.stride() != p.stride():
+                g = torch.empty_like(p, dtype=g.dtype).copy_(g)
+            laid_out.append(g)
+        rows = [self.own, [g.data_ptr() for g in laid_out], *self.fixed]
+        addresses = torch.tensor(rows, dtype=torch.int64)
+        if self.sizes.is_cuda:
+            addresses = addresses.pin_memory().to(self.sizes.device, non_blocking=True)
+        return PreparedGradients(laid_out, addresses)
+
+    def launch(self, prepared: PreparedGradients, numbers: AdamWStep) -> None:
         """One step of all parameters."""
-        device = self.sizes.device
-        rows = [self.own, [g.data_ptr() for g in gradients], *self.fixed]
-        addresses = torch.tensor(rows, dtype=torch.int64).to(device)
+        gradients = prepared.gradients
         _adamw_kernel[(len(self.owners),)](
-            addresses,
+            prepared.addresses,
             self.sizes,
             self.owners,
             self.starts,
@@ -259,7 +294,7 @@ class AdamWPlan:
 
 def adamw_step(
     plan: AdamWPlan,
-    gradients: Sequence[Tensor],  # one per parameter, bf16 or float32, all of one dtype
+    gradients: Sequence[Tensor] | PreparedGradients,  # bf16 or float32, all of one dtype
     numbers: AdamWStep,
     *,
     backends: Backends = DEFAULT_BACKENDS,
@@ -268,27 +303,15 @@ def adamw_step(
 
     Raises
     ------
-    ValueError : gradients that are not one per parameter, not of its shape, or of two dtypes.
+    ValueError : as `AdamWPlan.prepare`.
     """
-    if len(gradients) != len(plan.parameters):
-        raise ValueError(
-            f"adamw_step: {len(gradients)} gradients for {len(plan.parameters)} parameters"
-        )
-    dtypes = {g.dtype for g in gradients}
-    if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float32}:
-        raise ValueError(f"adamw_step: gradients are all bfloat16 or all float32, got {dtypes}")
-    laid_out = []
-    for p, g in zip(plan.parameters, gradients, strict=True):
-        if p.shape != g.shape:
-            raise ValueError(f"adamw_step: a gradient {tuple(g.shape)} for {tuple(p.shape)}")
-        laid_out.append(g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype))
-        if laid_out[-1] is not g:
-            laid_out[-1].copy_(g)
     with torch.no_grad():
+        if not isinstance(gradients, PreparedGradients):
+            gradients = plan.prepare(gradients)
         if use_triton("adamw_step", plan.parameters[0], torch.bfloat16, backends):
-            plan.launch(laid_out, numbers)
+            plan.launch(gradients, numbers)
         else:
-            _plain(plan, laid_out, numbers)
+            _plain(plan, gradients.gradients, numbers)
 
 
 def _plain(plan: AdamWPlan, gradients: Sequence[Tensor], numbers: AdamWStep) -> None:

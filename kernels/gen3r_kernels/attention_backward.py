@@ -7,12 +7,15 @@ ds = p (dp - delta); dv = p^T do, dk = ds^T q / sqrt(D), dq = ds k / sqrt(D).
 Counted operations: 10 B H Sq Sk D (five products). At the real size 31.2 TFLOP, at least 42 ms at
 the 746 TFLOP/s of bf16 products on an H100.
 
-Two providers. ``cudnn``: cuDNN's backward through PyTorch's operator, fed with our o and lse, on
-Hopper; it adds up dq with atomics, so that repeated runs differ in the last bits. ``triton``: two
-kernels, one per block of keys (dk, dv), one per block of queries (dq); they build p and dp twice
-(14 instead of 10), need no atomics and repeat to the bit. Measured on an H100 at 12 heads of 128:
-``cudnn`` 545 TFLOP/s with 31,850 tokens, 544 with 16,000; ``triton`` 387 with 16,000 (64 x 64 tiles
-and 4 warps; 235 to 375 with 128-row tiles).
+Providers, on Hopper fed with our o and lse. ``fa4``: FlashAttention-4's backward for Hopper, where
+that package is installed; ``cudnn``: cuDNN's through PyTorch's operator. Both add up dq with
+atomics, so that repeated runs differ in the last bits; ``fa4_deterministic`` adds in a fixed order.
+``triton``: two kernels, one per block of keys (dk, dv), one per block of queries (dq); they build p
+and dp twice (14 instead of 10), need no atomics and repeat to the bit. ``auto`` takes the first of
+them that can run, and with ``torch.use_deterministic_algorithms(True)`` the first that repeats.
+Measured on an H100 at 12 heads of 128 and 31,850 tokens, TFLOP/s: ``fa4`` 631 to 648, ``cudnn``
+544, ``fa4_deterministic`` 536 to 616; at 16,000 ``cudnn`` 544, ``triton`` 387 (64 x 64 tiles and 4
+warps; 235 to 375 with 128-row tiles).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen3r_kernels.attention_libraries import backward_cudnn, backward_fa4, fa4_is_installed
 from gen3r_kernels.attention_triton import (
     COMPILED,
     LOG2_E,
@@ -37,7 +41,8 @@ from gen3r_kernels.attention_triton import (
 )
 from gen3r_kernels.dispatch import CompileCase
 
-PROVIDERS = ("auto", "cudnn", "triton")
+PROVIDERS = ("auto", "fa4", "fa4_deterministic", "cudnn", "triton")
+SHORTEST_FA4 = 1024  # tokens: below, a kernel made at run time (3 s) does not pay
 
 
 @triton.jit
@@ -221,11 +226,22 @@ class Config:
         return Config(64, 64, 4, 2)
 
 
-def provider_for(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> str:
-    """The provider that "auto" stands for."""
+def provider_for(
+    shape: tuple[int, int, int],  # Sq, Sk, D
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    fa4: bool = False,
+    deterministic: bool = False,
+) -> str:
+    """The provider that "auto" stands for; `fa4`: whether that package is installed."""
+    queries, keys, head_dim = shape
     half = dtype in (torch.bfloat16, torch.float16)
-    fits = head_dim <= 128 and head_dim % 8 == 0
-    return "cudnn" if capability == (9, 0) and half and fits else "triton"
+    if capability != (9, 0) or not half or head_dim > 128 or head_dim % 8:
+        return "triton"
+    if fa4 and head_dim in (64, 128) and min(queries, keys) >= SHORTEST_FA4:
+        return "fa4_deterministic" if deterministic else "fa4"
+    return "triton" if deterministic else "cudnn"
 
 
 @torch.library.custom_op("gen3r::attention_backward", mutates_args=())
@@ -250,9 +266,18 @@ def attention_backward(
         )
     check_operands("attention_backward", q, k, v)
     if provider == "auto":
-        provider = provider_for(q.shape[-1], q.dtype, capability_of(q))
+        provider = provider_for(
+            (q.shape[1], k.shape[1], q.shape[-1]),
+            q.dtype,
+            capability_of(q),
+            fa4=fa4_is_installed(),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+    grad = grad.to(q.dtype)
+    if provider.startswith("fa4"):
+        return backward_fa4(grad, q, k, v, o, lse, deterministic=provider == "fa4_deterministic")
     run = backward_cudnn if provider == "cudnn" else backward_triton
-    return run(grad.to(q.dtype), q, k, v, o, lse)
+    return run(grad, q, k, v, o, lse)
 
 
 @attention_backward.register_fake
@@ -266,30 +291,6 @@ def _fake(
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def backward_cudnn(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """cuDNN's backward; arguments as `attention_backward`'s."""
-    operands = (x.contiguous().transpose(1, 2) for x in (grad, q, k, v, o))
-    # Without dropout seed and offset are not read; no bias, no packed sequences.
-    unread = torch.empty((), dtype=torch.int64, device=q.device)
-    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *operands,
-        lse.unsqueeze(-1),
-        unread,
-        unread,
-        None,
-        None,
-        None,
-        q.shape[1],
-        k.shape[1],
-        0.0,
-        False,
-    )
-    dq, dk, dv = (x.transpose(1, 2).contiguous() for x in gradients)
-    return dq, dk, dv
 
 
 def backward_triton(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.bias_gelu import bias_gelu
 from gen3r_kernels.dispatch import FLOAT8, use_triton
 from gen3r_kernels.linear_fp8 import linear_fp8
 from gen3r_kernels.quantize import QuantizedWeight, quantize
@@ -143,8 +144,10 @@ def _linear(
     recorded = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     )
-    if recorded or not fused:
+    if not fused or (recorded and bias is None):
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    if recorded and bias is not None:
+        return bias_gelu(F.linear(x, weight), bias, backends=backends)
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
     y = _linear_gelu_op(x.reshape(-1, x.shape[-1]), weight, bias)

@@ -125,10 +125,16 @@ def test_kernel_choice_is_a_function_of_shapes() -> None:
     assert kernel_for((*real[:4], 64), torch.float16, (9, 0)) == "hopper"
     assert kernel_for((*real[:4], 96), torch.float16, (9, 0)) == "portable"
     provider = attention_backward.provider_for
-    assert provider(128, torch.bfloat16, (9, 0)) == "cudnn"
-    assert provider(128, torch.bfloat16, (8, 0)) == "triton"
-    assert provider(128, torch.float32, (9, 0)) == "triton"
-    assert provider(256, torch.bfloat16, (9, 0)) == "triton"
+    long, short = (31_850, 31_850, 128), (31_850, 257, 128)
+    assert provider(long, torch.bfloat16, (9, 0)) == "cudnn"
+    assert provider(long, torch.bfloat16, (9, 0), fa4=True) == "fa4"
+    assert provider(short, torch.bfloat16, (9, 0), fa4=True) == "cudnn"
+    repeated = {"fa4": True, "deterministic": True}
+    assert provider(long, torch.bfloat16, (9, 0), **repeated) == "fa4_deterministic"
+    assert provider(short, torch.bfloat16, (9, 0), **repeated) == "triton"
+    assert provider(long, torch.bfloat16, (8, 0), fa4=True) == "triton"
+    assert provider(long, torch.float32, (9, 0), fa4=True) == "triton"
+    assert provider((512, 512, 256), torch.bfloat16, (9, 0)) == "triton"
     assert cross(128, 257, True, torch.bfloat16, (9, 0)) == "hopper"
     for wrong in ((64, 257, True), (128, 300, True), (128, 257, False)):
         assert cross(*wrong, torch.bfloat16, (9, 0)) == "portable"

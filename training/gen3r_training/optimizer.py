@@ -105,14 +105,18 @@ class Optimizer:
         Returns their norm before clipping. Where it is not finite nothing is updated.
         """
         gradients = self._gradients()
-        norm = gradient_norm(gradients)
+        total = _norm(gradients)
+        # What the host has to do for the update it does while the device is still at work: asking
+        # for the norm waits for that.
+        prepared = None if self.master == "none" else self._plan.prepare(gradients)
+        norm = float(total)
         if math.isfinite(norm):
             scale = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0
             self.steps += 1
-            if self.master == "none":
+            if prepared is None:
                 self._step_float32(lr, scale)
             else:
-                adamw_step(self._plan, gradients, self._numbers(lr, scale), backends=self.backends)
+                adamw_step(self._plan, prepared, self._numbers(lr, scale), backends=self.backends)
         self.discard()
         return norm
 
@@ -217,13 +221,15 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.float32, requires_grad=False)
 
 
-@torch.no_grad()
 def gradient_norm(
     gradients: Sequence[Tensor],  # of any shapes; shards where they are DTensors
 ) -> float:
     """The length of all gradients together, over all ranks where they are sharded."""
+    return float(_norm(gradients))
+
+
+@torch.no_grad()
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
     total = torch.linalg.vector_norm(torch.stack(norms))
-    if isinstance(total, DTensor):
-        total = total.full_tensor()
-    return float(total)
+    return total.full_tensor() if isinstance(total, DTensor) else total
