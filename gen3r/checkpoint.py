@@ -82,11 +82,12 @@ class TensorFile:
 
 
 def _read_headers(
-    component: Component, folder: Path, allow_pickle: bool
+    component: Component, place: Path, allow_pickle: bool
 ) -> tuple[list[TensorFile], list[str]]:
-    """Names and shapes of every tensor in a component's folder, and the unreadable files."""
-    paths = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+    """Names and shapes of every tensor in a component's folder or file, and unreadable files."""
+    present = [place] if place.is_file() else sorted(place.iterdir())
+    paths = [p for p in present if p.suffix == ".safetensors"]
+    pickles = [p for p in present if p.suffix in PICKLES]
     if not paths and pickles and not allow_pickle:
         return [], [
             f"only pickle files ({pickles[0].name}); convert them to safetensors, or allow "
@@ -212,7 +213,15 @@ Reader = Callable[[TensorFile, Container[str], torch.device], Iterator[tuple[str
 
 def inspect_component(name: str, folder: Path, allow_pickle: bool = False) -> ComponentReport:
     """Compare one component's files with what its config needs, reading headers only."""
-    component, path = COMPONENTS[name], folder / name
+    return inspect_place(name, folder / name, allow_pickle)
+
+
+def inspect_place(name: str, place: Path, allow_pickle: bool = False) -> ComponentReport:
+    """As `inspect_component` for a component that lies by itself: its folder, or its one file.
+
+    The config is the folder's (of a file, the one beside it).
+    """
+    component, path = COMPONENTS[name], place.parent if place.is_file() else place
     if not path.is_dir():
         return ComponentReport(name, False, "missing", [f"folder {path} is missing"])
     try:
@@ -220,7 +229,7 @@ def inspect_component(name: str, folder: Path, allow_pickle: bool = False) -> Co
         expected = component.expected(config)
     except (ValueError, TypeError) as error:
         return ComponentReport(name, False, "bad config", [str(error)])
-    files, problems = _read_headers(component, path, allow_pickle)
+    files, problems = _read_headers(component, place, allow_pickle)
     if not problems:
         problems = compare_names(component, expected, files)
     total = sum(torch.Size(s).numel() for s in expected.values())

@@ -6,8 +6,8 @@ gen3r-engine bench --suite training -- --model nano --frames 5 --size 112       
 
 Cases: diffusion_step (stage 2 from latents: forward, backward, update), diffusion_step_encoded
 (the same from frames: VGGT, both autoencoders), adapter_step (stage 1 from frames; 25 frames by
-default), optimizer_step (the update alone). Memory is all that PyTorch holds at the step's peak,
-weights, moments and frozen modules included. MFU counts the operations of the mathematics
+default), optimizer_step (the update alone), optimizer_step_stochastic (without float32 masters).
+Memory is all that PyTorch holds at the step's peak, weights, moments and frozen modules included. MFU counts the operations of the mathematics
 (`gen3r_training.flops`) against the data sheet's dense bf16 rate.
 """
 
@@ -24,7 +24,15 @@ from typing import Any
 import torch
 
 from benchmarks.decode.cases import Setting
-from benchmarks.engine.common import Options, Provider, Rows, parser, release, resolve_options
+from benchmarks.engine.common import (
+    Options,
+    Provider,
+    Rows,
+    Unavailable,
+    parser,
+    release,
+    resolve_options,
+)
 from benchmarks.harness import COMPILE, BadInput
 from benchmarks.training.steps import (
     CLIP_NORM,
@@ -72,11 +80,19 @@ def _update(setting: Setting, options: StepOptions) -> StepProblem:
     return StepProblem(run, 0.0)
 
 
+def _update_stochastic(setting: Setting, options: StepOptions) -> StepProblem:
+    """The same without masters; upstream has no such form."""
+    if setting.upstream or setting.options.dtype == torch.float32:
+        raise Unavailable("stochastic rounding is ours, for bf16 weights")
+    return _update(setting, dataclasses.replace(options, master_weights="stochastic"))
+
+
 CASES: dict[str, Callable[[Setting, StepOptions], StepProblem]] = {
     "diffusion_step": _from_latents,
     "diffusion_step_encoded": _from_frames,
     "adapter_step": adapter_problem,
     "optimizer_step": _update,
+    "optimizer_step_stochastic": _update_stochastic,
 }
 
 
@@ -103,6 +119,8 @@ class TrainingSuite:
                 options = dataclasses.replace(options, frames=min(ADAPTER_FRAMES, options.frames))
             try:
                 self._measure(case, provider, options)
+            except Unavailable as reason:
+                print(f"{case} {provider.name}: skipped: {reason}", flush=True)
             except Exception as error:
                 text = f"{case} {provider.name}: {type(error).__name__}: {error}"
                 self.rows.failed.append(text)
@@ -178,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--repeats", type=int, default=3, help="timed steps (default: 3)")
     arguments = made.parse_args(argv)
     options = resolve_options(arguments)
+    if options.size % 112:
+        raise BadInput(f"--size {options.size} is not a multiple of 112: latents would be padded")
     cases = [c for c in CASES if any(fnmatch(c, p) for p in arguments.case or ["*"])]
     if not cases:
         raise BadInput(f"no case fits {arguments.case}; known: {', '.join(CASES)}")

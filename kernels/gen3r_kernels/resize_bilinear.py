@@ -13,7 +13,9 @@ position plane of its size to write the sum: three times the bytes.
 
 The kernel reads channels-last memory: a row of C values lies at each of the four pixels, so loads
 are wide, and neighbouring pixels find theirs in the first-level cache. Weights and sums are
-float32; the result is rounded once.
+float32; the result is rounded once. The gradient of x has a kernel of its own
+(`resize_bilinear_backward`), that of `added` is the gradient of y, the position tables' are sums
+of it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
 from gen3r_kernels.dispatch import CompileCase, use_triton
+from gen3r_kernels.resize_bilinear_backward import resize_bilinear_backward
 
 LAST = torch.channels_last
 MAX_CHANNELS = 4096
@@ -209,6 +212,24 @@ def add_position(
     return x + torch.cat([columns, rows], dim=-1).to(x.dtype).permute(2, 0, 1)
 
 
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.size = inputs[0].shape[2:]  # type: ignore[attr-defined]
+
+
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad  # type: ignore[attr-defined]
+    dx = resize_bilinear_backward(dy, *ctx.size) if needs[0] else None  # type: ignore[attr-defined]
+    half = dy.shape[1] // 2
+    across = dy[:, :half].sum((0, 2), dtype=torch.float32).T if needs[3] else None
+    down = dy[:, half:].sum((0, 3), dtype=torch.float32).T if needs[4] else None
+    return dx, None, None, across, down, dy if needs[5] else None
+
+
+_resize.register_autograd(_differentiate, setup_context=_save)
+
+
 def _check(
     x: Tensor, size: tuple[int, int], position: Position | None, added: Tensor | None
 ) -> None:
@@ -240,24 +261,17 @@ def resize_bilinear(
     added: Tensor | None = None,  # [N, C, H, W]
     backends: Backends = DEFAULT_BACKENDS,
 ) -> Tensor:  # [N, C, H, W], dtype of x
-    """Resize with aligned corners; add a map and a position signal to the result.
+    """Resize with aligned corners; add a map and a position signal to the result. Differentiable.
 
-    ``auto`` takes the kernel for channels-last x on a GPU in half precision. It has no derivative:
-    where autograd records, PyTorch's operators run.
+    ``auto`` takes the kernel for channels-last x on a GPU in half precision.
 
     Raises
     ------
-    ValueError : shapes that do not fit; on the Triton path by name (`operators="triton"`) inputs
-        that require gradients, and memory or dtypes that the kernel does not take.
+    ValueError : shapes that do not fit; on the Triton path by name (`operators="triton"`) memory or
+        dtypes that the kernel does not take.
     """
     _check(x, size, position, added)
-    tensors = (x, *(position or ()), *(() if added is None else (added,)))
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if backends.operators == "triton" and differentiable:
-        raise ValueError(
-            "resize_bilinear: operators='triton' has no derivative; use operators='auto'"
-        )
-    kernel = use_triton("resize_bilinear", x, x.dtype, backends) and not differentiable
+    kernel = use_triton("resize_bilinear", x, x.dtype, backends)
     if backends.operators == "triton":
         x = x.contiguous(memory_format=LAST)
     elif kernel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -78,6 +78,34 @@ def check(operator: Callable[..., Any], reference: Callable[..., Any]) -> None:
             assert error <= 2 * (theirs.float() - right).abs().max() + slack
 
 
+def gradients(
+    operator: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    backends: Backends,
+) -> tuple[Tensor, ...]:
+    """Of inputs in `dtype`, for the same random gradients of the outputs whatever the dtype."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    results = outputs(operator(*leaves, backends=backends))
+    torch.manual_seed(5)
+    upstream = [normal(*y.shape).to(y) for y in results]
+    return torch.autograd.grad(results, leaves, upstream)
+
+
+def check_gradients(operator: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """At most twice the error of PyTorch's operators in bf16, and repeatable."""
+    exact = gradients(operator, inputs, torch.float32, REFERENCE)
+    plain = gradients(operator, inputs, torch.bfloat16, REFERENCE)
+    torch.full((64 << 20,), float("nan"), device="cuda")  # what is not written shows
+    ours, again = (gradients(operator, inputs, torch.bfloat16, Backends()) for _ in range(2))
+    for mine, theirs, repeated, right in zip(ours, plain, again, exact, strict=True):
+        error = (mine.float() - right).abs().max()
+        slack = HALF_STEP * right.abs().max()
+        assert error <= 2 * (theirs.float() - right).abs().max() + slack
+        assert mine.stride() == repeated.stride() and mine.shape == right.shape
+        torch.testing.assert_close(mine, repeated, rtol=2**-7, atol=float(slack))
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
 def test_convolution(relu: bool, residual: bool) -> None:
@@ -89,6 +117,49 @@ def test_convolution(relu: bool, residual: bool) -> None:
         ),
         lambda: conv2d_add_relu_reference(x, weight, bias, added, relu),
     )
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_convolution_backward(relu: bool) -> None:
+    x, weight = normal(3, 64, 37, 41, last=True), normal(96, 64, 3, 3, last=True) / 24
+    inputs = x, weight, normal(96), normal(3, 96, 37, 41, last=True)
+
+    def operator(*given: Tensor, backends: Backends) -> Tensor:
+        x, weight, bias, added = given
+        return conv2d_add_relu(x, weight, bias, residual=added, relu=relu, backends=backends)
+
+    check_gradients(operator, inputs)
+
+
+SIZES = [
+    ((20, 20), (40, 40)),
+    ((33, 40), (57, 71)),
+    ((160, 160), (320, 320)),
+    ((64, 40), (112, 70)),
+]
+
+
+@pytest.mark.parametrize("channels", [128, 256])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_resize_backward(sizes: tuple[tuple[int, int], tuple[int, int]], channels: int) -> None:
+    small, size = sizes
+    added = normal(3, channels, *size, last=True)
+
+    def operator(x: Tensor, added: Tensor, backends: Backends) -> Tensor:
+        return resize_bilinear(x, size, added=added, backends=backends)
+
+    check_gradients(operator, (normal(3, channels, *small, last=True), added))
+
+
+def test_resize_backward_repeats_bit_by_bit() -> None:
+    x = normal(2, 128, 320, 320, last=True).requires_grad_()
+    y = resize_bilinear(x, (560, 560))
+    g = normal(*y.shape, last=True)
+    first, second = (torch.autograd.grad(y, x, g, retain_graph=True)[0] for _ in range(2))
+    assert first.is_contiguous(memory_format=LAST) and torch.equal(first, second)
+    # The map's mean keeps: every row of weights sums to one.
+    sums = first.double().sum((2, 3)) - g.double().sum((2, 3))
+    assert sums.abs().max() <= 2**-7 * first.double().square().sum((2, 3)).sqrt().max()
 
 
 @pytest.mark.parametrize("channels", [128, 256])
@@ -111,6 +182,16 @@ def test_output(count: int) -> None:
         lambda backends: dense_output(x, weight, bias, exponential=True, backends=backends),
         lambda: dense_output_reference(x, weight, bias, True),
     )
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_output_backward(count: int) -> None:
+    inputs = normal(3, 32, 57, 71, last=True), normal(count, 32) / 6, normal(count)
+
+    def operator(*given: Tensor, backends: Backends) -> tuple[Tensor, Tensor]:
+        return dense_output(*given, exponential=count == 2, backends=backends)
+
+    check_gradients(operator, inputs)
 
 
 def test_norm_and_rotation() -> None:
@@ -156,6 +237,24 @@ def test_heads_and_aggregator() -> None:
         assert (c - a).norm() <= 2 * (b - a).norm()
     pose = [m.camera_head(t)[-1] for m, t in ((exact, camera.float()), (ours, camera))]
     assert (pose[1] - pose[0]).norm() <= 0.02 * pose[0].norm()
+
+
+@pytest.mark.parametrize("name", ["depth_head", "point_head"])
+def test_gradient_of_a_whole_head(name: str) -> None:
+    """Of a loss of the values alone, as in training: frozen weights, no gradient of confidences."""
+    exact, ours = build(REFERENCE, torch.float32), build(Backends(), torch.bfloat16)
+    plain = build(REFERENCE, torch.bfloat16)
+    plain.load_state_dict(ours.state_dict())
+    exact.load_state_dict(ours.state_dict())
+    tokens = torch.randn(1, 3, 40, 40, 10 * SMALL.embed_dim, device="cuda").bfloat16()
+    upstream = torch.randn(1, 3, 560, 560, 1 if name == "depth_head" else 3, device="cuda")
+    found = []
+    for model, dtype in ((exact, torch.float32), (plain, torch.bfloat16), (ours, torch.bfloat16)):
+        given = tokens.to(dtype).requires_grad_()
+        values, _ = getattr(model, name)(token_views(given)[0], 560, 560, patch_start_idx=0)
+        found.append(torch.autograd.grad(values, given, upstream)[0].float())
+    right, theirs, mine = found
+    assert right.any() and (mine - right).norm() <= 2 * (theirs - right).norm()
 
 
 @torch.no_grad()

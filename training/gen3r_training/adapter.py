@@ -8,6 +8,7 @@ frozen appearance VAE's of the same frames (the alignment of both latent spaces:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,12 @@ from torch.nn import functional as F
 from gen3r.appearance_vae import AppearanceVAE
 from gen3r.causal_video import Posterior
 from gen3r.geometry_adapter import GeometryAdapter
-from gen3r.vggt import VGGT, token_list, token_map
+from gen3r.vggt import VGGT, token_map, token_views
 from gen3r.vggt.tokens import NUM_LISTS
+from gen3r_training import activations
 from gen3r_training.losses import adaptive_weight, camera_loss, dense_loss, gaussian_kl
+
+RECOMPUTED_FRAMES = 4  # of the dense heads, whose activations at full size are held at once
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class AdapterLossConfig:
     recon, similarity : of the summed reconstruction terms and of the cosine distance.
     align_kl : of the KL to the appearance VAE's posterior; 0 takes the KL to N(0, 1) instead.
     align_scale : further factor of the alignment KL (not of the KL to N(0, 1)).
+    normal_kl : of the KL to N(0, 1), where that is taken.
+    full_kl : sum the KL over all axes of the latents, see `gaussian_kl`.
     image_beta, camera_beta : corners of the smooth L1 of image tokens and mean camera tokens.
     camera, depth, point : within the reconstruction, of what the heads read.
 
@@ -44,6 +50,8 @@ class AdapterLossConfig:
     similarity: float = 0.1
     align_kl: float = 2.0
     align_scale: float = 0.1
+    normal_kl: float = 1.0
+    full_kl: bool = False
     image_beta: float = 0.15
     camera_beta: float = 0.1
     camera: float = 10.0
@@ -89,36 +97,67 @@ def adapter_step(
     frames: Tensor,  # [B, F, 3, H, W] in [0, 1]
     noise: Tensor,  # [B, 16, f, H / 8, W / 8] standard normal, of the posterior's sample
     config: AdapterLossConfig | None = None,
+    *,
+    recompute: str = "none",
 ) -> AdapterStep:
     """The loss of one batch; call ``.loss.backward()`` for the adapter's gradients.
 
-    VGGT and the VAE should have ``requires_grad_(False)``.
+    VGGT and the VAE should have ``requires_grad_(False)``. The three modules may differ in dtype.
+
+    recompute : which activations of losses and heads are computed again in the backward pass, one
+        of `gen3r_training.activations.MODES`.
 
     Raises
     ------
     ValueError : frames whose size or number the modules do not take.
     """
-    config = config or AdapterLossConfig()
     target = vggt_token_maps(vggt, frames)
-    posterior = adapter.encode(target)
-    decoded = adapter.decode(posterior.sample(noise))
-    terms, cosine = token_terms(decoded, target, config)
-    terms |= head_terms(vggt, decoded, target, frames.shape[-2], frames.shape[-1])
+    with torch.no_grad():
+        reference = vae.encode((2 * frames - 1).transpose(1, 2).to(vae.encoder_dtype))
+    return adapter_loss(adapter, vggt, target, reference, noise, config, recompute=recompute)
+
+
+def adapter_loss(
+    adapter: GeometryAdapter,
+    vggt: VGGT,
+    target: Tensor,  # [B, 10 C, F, h, w] token maps of `vggt_token_maps`, in the dtype of VGGT
+    reference: Posterior,  # of [B, 16, f, 1.75 h, 1.75 w], the appearance latents of the frames
+    noise: Tensor,  # [B, 16, f, 1.75 h, 1.75 w] standard normal, of the posterior's sample
+    config: AdapterLossConfig | None = None,
+    *,
+    recompute: str = "none",
+    dtype: torch.dtype | None = None,
+) -> AdapterStep:
+    """`adapter_step` of a clip that VGGT and the VAE have encoded. Losses are float32.
+
+    dtype : what the adapter computes in; None: the dtype of its weights (sharded ones are float32
+        and compute in bf16).
+    """
+    config = config or AdapterLossConfig()
+    dtype = dtype or next(adapter.parameters()).dtype
+    patch = vggt.config.patch_size
+    encoded = adapter.encode(target.to(dtype))
+    decoded = adapter.decode(encoded.sample(noise.to(dtype))).to(target.dtype)
+    posterior, reference = in_float32(encoded), in_float32(reference)
+    terms, cosine = token_terms(decoded, target, config, recompute)
+    size = target.shape[-2] * patch, target.shape[-1] * patch
+    terms |= head_terms(vggt, decoded, target, *size, recompute)
     weights = {"camera_loss": config.camera, "depth_loss": config.depth, "point_loss": config.point}
     weighted = [weights.get(name, 1.0) * term for name, term in terms.items()]
     recon = config.recon * torch.stack(weighted).sum()
-    with torch.no_grad():
-        reference = vae.encode((2 * frames - 1).transpose(1, 2).to(posterior.mean.dtype))
 
     aligned = config.align_kl > 0
     other = (reference.mean, reference.logvar) if aligned else (None, None)
-    kl = gaussian_kl(posterior.mean, posterior.logvar, *other).mean()
-    weight = adaptive_weight(recon.item(), kl.item())
-    regular = weight * kl * (config.align_kl * config.align_scale if aligned else 1.0)
+    kl = gaussian_kl(posterior.mean, posterior.logvar, *other, full=config.full_kl).mean()
+    values = recon.item(), kl.item()
+    weight = adaptive_weight(*values) if all(map(math.isfinite, values)) else 1.0
+    factor = config.align_kl * config.align_scale if aligned else config.normal_kl
+    regular = factor * weight * kl
     loss = recon + config.similarity * cosine + regular
 
     logs = {name: term.item() for name, term in terms.items()}
-    logs |= {"loss": loss.item(), "recon_loss": recon.item()}
+    logs |= {"loss": loss.item(), "recon_loss": recon.item(), "cosine": cosine.item()}
+    logs |= {"kl": kl.item(), "kl_weight": factor * weight}
     if aligned:
         logs["align_loss"] = regular.item()
     logs |= _statistics(posterior) | {
@@ -131,18 +170,37 @@ def token_terms(
     decoded: Tensor,  # [B, 10 C, F, h, w]
     target: Tensor,  # [B, 10 C, F, h, w]
     config: AdapterLossConfig,
+    recompute: str = "none",
 ) -> tuple[dict[str, Tensor], Tensor]:  # the two smooth L1 terms, the cosine distance
-    """Distances of the image tokens and of the spatial mean of the camera tokens."""
+    """Distances of the image tokens and of the spatial mean of the camera tokens, in float32.
+
+    Frame by frame: float32 copies of whole token maps would be 3 GB each at 49 frames of 560 px.
+    """
+    run = activations.recompute(recompute)
+    pairs = zip(decoded.unbind(2), target.unbind(2), strict=True)
+    rows = [run(_frame_terms, a, b, config) for a, b in pairs]
+    image, camera, distance = torch.stack(rows).mean(0).unbind()
+    return {"image_token_loss": image, "camera_token_loss": camera}, distance
+
+
+def _frame_terms(
+    decoded: Tensor,  # [B, 10 C, h, w]
+    target: Tensor,  # [B, 10 C, h, w]
+    config: AdapterLossConfig,
+) -> Tensor:  # [3] float32: both smooth L1 means, the cosine distance
     channels = decoded.shape[1] // (NUM_LISTS + 1) * NUM_LISTS
+    decoded, target = decoded.float(), target.float()
     image, camera = decoded[:, :channels], decoded[:, channels:].mean(dim=(-2, -1))
     image_target, camera_target = target[:, :channels], target[:, channels:].mean(dim=(-2, -1))
-    terms = {
-        "image_token_loss": F.smooth_l1_loss(image, image_target, beta=config.image_beta),
-        "camera_token_loss": F.smooth_l1_loss(camera, camera_target, beta=config.camera_beta),
-    }
     image_cosine = F.cosine_similarity(image, image_target, dim=1).mean()
     camera_cosine = F.cosine_similarity(camera, camera_target, dim=1).mean()
-    return terms, (1 - image_cosine) + (1 - camera_cosine)
+    return torch.stack(
+        [
+            F.smooth_l1_loss(image, image_target, beta=config.image_beta),
+            F.smooth_l1_loss(camera, camera_target, beta=config.camera_beta),
+            (1 - image_cosine) + (1 - camera_cosine),
+        ]
+    )
 
 
 def head_terms(
@@ -151,28 +209,69 @@ def head_terms(
     target: Tensor,  # [B, 10 C, F, h, w]
     height: int,
     width: int,
+    recompute: str = "none",
 ) -> dict[str, Tensor]:
     """Camera, depth and point losses between what the heads read from the decoded and the true
     tokens.
     """
-    poses, depth, points = _read_heads(vggt, decoded, height, width)
     with torch.no_grad():
-        true_poses, true_depth, true_points = _read_heads(vggt, target, height, width)
+        true_poses = _poses(vggt, target)
+        true_maps = _dense_maps(vggt, target, height, width)
+    frames, run = decoded.shape[2], activations.recompute(recompute)
+    step = frames if recompute == "none" else RECOMPUTED_FRAMES
+    dense = torch.zeros(2, device=decoded.device)
+    for start in range(0, frames, step):
+        part = slice(start, start + step)
+        true_part = [values[:, part] for values in true_maps]
+        arguments = vggt, decoded[:, :, part], true_part, height, width
+        share = true_part[0].shape[1] / frames
+        dense = dense + share * run(_dense_losses, *arguments)
     return {
-        "camera_loss": camera_loss(poses, true_poses),
-        "depth_loss": dense_loss(depth, true_depth),
-        "point_loss": dense_loss(points, true_points),
+        "camera_loss": camera_loss(_poses(vggt, decoded), true_poses),
+        "depth_loss": dense[0],
+        "point_loss": dense[1],
     }
 
 
-def _read_heads(
-    vggt: VGGT, tokens: Tensor, height: int, width: int
-) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-    special = vggt.aggregator.num_special_tokens
-    lists = token_list(tokens.permute(0, 2, 3, 4, 1), special)
-    depth, _ = vggt.depth_head(lists, height, width, special)
-    points, _ = vggt.point_head(lists, height, width, special)
-    return vggt.camera_head(lists[-1]), depth, points
+def _dense_losses(
+    vggt: VGGT, tokens: Tensor, true_maps: Sequence[Tensor], height: int, width: int
+) -> Tensor:  # [2]: depth and point loss
+    maps = _dense_maps(vggt, tokens, height, width)
+    return torch.stack([dense_loss(a, b) for a, b in zip(maps, true_maps, strict=True)])
+
+
+def read_heads(
+    vggt: VGGT,
+    tokens: Tensor,  # [B, 10 C, F, h, w]
+    height: int,
+    width: int,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Poses of every iteration [B, F, 9], depth [B, F, H, W, 1], points [B, F, H, W, 3]."""
+    return _poses(vggt, tokens), *_dense_maps(vggt, tokens, height, width)
+
+
+def _poses(
+    vggt: VGGT,
+    tokens: Tensor,  # [B, 10 C, F, h, w]
+) -> list[Tensor]:  # one [B, F, 9] per iteration
+    return vggt.camera_head(token_views(tokens.permute(0, 2, 3, 4, 1))[1])
+
+
+def _dense_maps(
+    vggt: VGGT,
+    tokens: Tensor,  # [B, 10 C, F, h, w]
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:  # depth [B, F, H, W, 1], points [B, F, H, W, 3]
+    layers, _ = token_views(tokens.permute(0, 2, 3, 4, 1))
+    depth, _ = vggt.depth_head(layers, height, width, patch_start_idx=0)
+    points, _ = vggt.point_head(layers, height, width, patch_start_idx=0)
+    return depth, points
+
+
+def in_float32(posterior: Posterior) -> Posterior:
+    """The same distribution in float32."""
+    return Posterior(posterior.mean.float(), posterior.logvar.float())
 
 
 def _statistics(posterior: Posterior) -> dict[str, float]:

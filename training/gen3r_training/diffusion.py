@@ -1,9 +1,10 @@
 """One step of stage 2: the diffusion transformer learns joint latents [appearance | geometry].
 
 Everything but the transformer is frozen. The clean latents are one draw from each autoencoder's
-posterior; the control is the same pair of draws for the video whose frames outside the task are
-black, so unlike at inference its geometry half is not zero (for allview it is the target's own
-geometry). Flow matching (arXiv 2210.02747): x_t = (1 - s) x0 + s n, the model predicts n - x0.
+posterior. The control is a draw from the appearance posterior of the video whose frames outside the
+task are black; its geometry half is zero, as at inference. Upstream puts a draw of the geometry
+posterior there (`training_control`), which for allview is the target's own geometry. Flow matching
+(arXiv 2210.02747): x_t = (1 - s) x0 + s n, the model predicts n - x0.
 Source: Gen3R (arXiv 2601.04090, section 3.3) and the reference notes on stage 2.
 """
 
@@ -21,7 +22,7 @@ from gen3r.cameras import plucker_map
 from gen3r.causal_video import Posterior
 from gen3r.conditioning import camera_latents, control_latents, given_frames, task_mask
 from gen3r.geometry_adapter import GeometryAdapter
-from gen3r.transformer import Conditions, WanTransformer
+from gen3r.transformer import Conditions, RawConditions, WanTransformer
 from gen3r.vggt import VGGT
 from gen3r_training.adapter import vggt_token_maps
 from gen3r_training.losses import truncated_mse
@@ -98,11 +99,16 @@ class DiffusionStep:
     prediction: Tensor
 
 
-def choose_task(draw: float) -> str:
-    """Task of a sample from a uniform draw in [0, 1): a third each."""
-    if draw < 1 / 3:
+def choose_task(draw: float, probabilities: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)) -> str:
+    """Task of a sample from a uniform draw in [0, 1).
+
+    probabilities : of 1view, 2view and allview; the draws from 0 up are 1view, then allview, the
+        last ones 2view, as upstream lays out its thirds.
+    """
+    first, second, every = probabilities
+    if draw < first:
         return "1view"
-    return "2view" if draw > 2 / 3 else "allview"
+    return "2view" if every == 0 or draw > 1 - second else "allview"
 
 
 def keep_given_frames(
@@ -218,18 +224,20 @@ def flow_sample(
 def diffusion_step(
     transformer: WanTransformer,
     sample: FlowSample,
-    conditions: Conditions,
+    conditions: Conditions | RawConditions,
+    weights: Tensor | None = None,  # [B] of the samples' losses; None: 1 each
 ) -> DiffusionStep:
     """Prediction and loss of one batch; call ``.loss.backward()`` for the transformer's gradients.
 
-    The loss is the mean over all samples of the squared error, entries with |error| > 50 counting
-    0.
+    The loss is the mean over all samples of the (weighted) squared error, entries with |error| > 50
+    counting 0.
 
     Raises
     ------
     ValueError : latents that the transformer does not take.
     """
     prediction = transformer(sample.noisy, sample.timesteps, conditions, side_by_side=True)
-    loss = truncated_mse(prediction, sample.target)
-    pairs = zip(prediction.detach(), sample.target, strict=True)
-    return DiffusionStep(loss, torch.stack([truncated_mse(p, t) for p, t in pairs]), prediction)
+    pairs = zip(prediction, sample.target, strict=True)
+    per_sample = torch.stack([truncated_mse(p, t) for p, t in pairs])
+    weighted = per_sample if weights is None else weights.to(per_sample) * per_sample
+    return DiffusionStep(weighted.mean(), per_sample.detach(), prediction)

@@ -169,11 +169,15 @@ def gaussian_kl(
     logvar: Tensor,  # [B, C, F, H, W]
     other_mean: Tensor | None = None,  # [B, C, F, H, W]; None: the standard normal
     other_logvar: Tensor | None = None,  # [B, C, F, H, W]
-) -> Tensor:  # [B, W]
+    *,
+    full: bool = False,
+) -> Tensor:  # [B, W], or [B] with `full`
     """KL(N(mean, e^logvar) || N(other_mean, e^other_logvar)), summed over axes 1, 2 and 3 only.
 
     The width axis stays, because diffusers' posterior sums three axes of what it takes for an
     image; the loss averages over it. Log variances are clamped to [-30, 20] as there.
+
+    full : sum over the width too, which is the divergence: W times the average over the width.
     """
     logvar = logvar.clamp(-30.0, 20.0)
     if other_mean is None or other_logvar is None:
@@ -183,7 +187,7 @@ def gaussian_kl(
         other_var = other_logvar.exp()
         terms = (mean - other_mean).square() / other_var + logvar.exp() / other_var
         terms = terms - 1.0 - logvar + other_logvar
-    return 0.5 * terms.sum(dim=(1, 2, 3))
+    return 0.5 * terms.sum(dim=(1, 2, 3, 4) if full else (1, 2, 3))
 
 
 def truncated_mse(

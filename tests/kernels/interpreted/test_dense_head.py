@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ from gen3r_kernels import (
     resize_bilinear_reference,
 )
 
+BACKWARD = "gen3r_kernels.resize_bilinear_backward"
+
 TRITON = Backends(operators="triton")
+REFERENCE = Backends(operators="reference")
 LAST = torch.channels_last
 
 Case = tuple[tuple[int, int, int, int], tuple[int, int]]
@@ -30,9 +35,48 @@ CASES: list[Case] = [
     ((1, 300, 3, 3), (4, 11)),
 ]
 
+# Backward: ratios above 2 by little, many rows and columns of y for one of x (loops over the
+# loads), the same size, reducing, to a single pixel, strips of two rows, more channels.
+BACKWARD_CASES: list[Case] = [
+    ((2, 4, 3, 2), (5, 4)),
+    ((1, 4, 1, 2), (6, 11)),
+    ((1, 4, 2, 1), (3, 10)),
+    ((1, 24, 3, 4), (3, 4)),
+    ((1, 8, 6, 7), (2, 3)),
+    ((1, 4, 2, 2), (1, 1)),
+    ((1, 6, 7, 3), (12, 5)),
+    ((1, 300, 2, 5), (3, 8)),
+]
+
 
 def tables(channels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.randn(size[1], channels // 2), torch.randn(size[0], channels // 2)
+
+
+def gradients(
+    operator: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],  # gradients of the outputs; None: not part of the loss
+    dtype: torch.dtype,
+    backends: Backends,
+) -> tuple[Tensor, ...]:
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    result = operator(*leaves, backends=backends)
+    outputs = (result,) if isinstance(result, Tensor) else result
+    pairs = [(y, g.to(y)) for y, g in zip(outputs, upstream, strict=True) if g is not None]
+    return torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs])
+
+
+def check_gradients(
+    operator: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+) -> None:
+    """Float32 sums of the kernels against float64 autograd through PyTorch's operators."""
+    found = gradients(operator, inputs, upstream, torch.float32, TRITON)
+    exact = gradients(operator, inputs, upstream, torch.float64, REFERENCE)
+    for ours, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=2e-5, atol=2e-5 * right.abs().max())
 
 
 @pytest.mark.parametrize("relu", [True, False])
@@ -50,16 +94,47 @@ def test_convolution(shape: tuple[int, ...], residual: bool, relu: bool) -> None
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=4e-5)
 
 
-def test_convolution_keeps_nan_and_differentiates_through_pytorch() -> None:
+def test_convolution_keeps_nan() -> None:
     x, weight = torch.randn(1, 4, 3, 3), torch.randn(4, 4, 1, 1)
     x[0, 0, 1, 1] = torch.nan
     found = conv2d_add_relu(x, weight, None, residual=x, relu=True, backends=TRITON)
     assert found[0, :, 1, 1].isnan().all() and found.isnan().sum() == 4
-    x = torch.randn(1, 4, 3, 3, requires_grad=True)
-    conv2d_add_relu(x, weight, None, relu=True).sum().backward()
-    assert x.grad is not None and x.grad.any()
-    with pytest.raises(ValueError, match="no derivative"):
-        conv2d_add_relu(x, weight, None, backends=TRITON)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("side", [1, 3])
+def test_convolution_backward(side: int, relu: bool) -> None:
+    inputs = [
+        torch.randn(2, 6, 5, 7),
+        torch.randn(10, 6, side, side),
+        torch.randn(10),
+        torch.randn(2, 10, 5, 7),
+    ]
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, **how: Backends) -> Tensor:
+        return conv2d_add_relu(x, weight, bias, residual=added, relu=relu, **how)
+
+    check_gradients(operator, inputs, [torch.randn(2, 10, 5, 7)])
+
+
+def test_frozen_convolution_keeps_neither_x_nor_residual() -> None:
+    x, added = (torch.randn(1, n, 3, 3).contiguous(memory_format=LAST) for n in (8, 4))
+    weight = torch.randn(4, 8, 3, 3).contiguous(memory_format=LAST)
+    kept: list[int] = []
+
+    def note(t: Tensor) -> Tensor:
+        kept.append(t.data_ptr())
+        return t
+
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        plain = conv2d_add_relu(x, weight, None, residual=added, backends=TRITON)
+        assert kept == [weight.data_ptr()]
+        active = conv2d_add_relu(x, weight, None, residual=added, relu=True, backends=TRITON)
+    assert sorted(kept[1:]) == sorted([weight.data_ptr(), active.data_ptr()])
+    for y in (plain, active):
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert dx.is_contiguous(memory_format=LAST)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -84,12 +159,27 @@ def test_resize_in_half_precision_rounds_once() -> None:
     assert ((result.float() - expected).abs() <= 2**-11 * expected.abs() + 1e-5).all()
 
 
-def test_resize_differentiates_through_pytorch() -> None:
-    x = torch.randn(1, 8, 3, 3, requires_grad=True)
-    resize_bilinear(x, (5, 5)).sum().backward()
-    assert x.grad is not None and x.grad.sum() == pytest.approx(8 * 25, rel=1e-5)
-    with pytest.raises(ValueError, match="no derivative"):
-        resize_bilinear(x, (5, 5), backends=TRITON)
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
+def test_resize_backward(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, size = case
+    monkeypatch.setattr(f"{BACKWARD}.PROGRAMS", 3)
+
+    def operator(x: Tensor, added: Tensor, *position: Tensor, backends: Backends) -> Tensor:
+        across, down = position
+        return resize_bilinear(x, size, position=(across, down), added=added, backends=backends)
+
+    inputs = [torch.randn(shape), torch.randn(*shape[:2], *size), *tables(shape[1], size)]
+    check_gradients(operator, inputs, [torch.randn(*shape[:2], *size)])
+
+
+def test_resize_backward_in_half_precision_rounds_once() -> None:
+    x = torch.randn(1, 8, 3, 4).half().contiguous(memory_format=LAST).requires_grad_()
+    g = torch.randn(1, 8, 5, 7).half()
+    y = resize_bilinear(x, (5, 7), backends=TRITON)
+    (found,) = torch.autograd.grad(y, x, g)
+    (exact,) = torch.autograd.grad(resize_bilinear_reference(x, (5, 7)), x, g.float())
+    assert found.dtype == torch.float16 and found.is_contiguous(memory_format=LAST)
+    assert ((found - exact).abs() <= 2**-10 * exact.abs() + 1e-5).all()  # both rounded to float16
 
 
 @pytest.mark.parametrize("outputs", [2, 4])
@@ -104,14 +194,31 @@ def test_dense_output(shape: tuple[int, ...], outputs: int, exponential: bool) -
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
-def test_dense_output_differentiates_through_pytorch() -> None:
-    x = torch.randn(1, 8, 3, 3, requires_grad=True)
-    weight, bias = torch.randn(2, 8), torch.randn(2)
-    values, confidence = dense_output(x, weight, bias, exponential=True)
-    (values.sum() + confidence.sum()).backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="no derivative"):
-        dense_output(x, weight, bias, exponential=True, backends=TRITON)
+@pytest.mark.parametrize("wanted", ["both", "values", "confidence"])
+@pytest.mark.parametrize(("outputs", "exponential"), [(2, True), (4, False), (3, True)])
+def test_dense_output_backward(outputs: int, exponential: bool, wanted: str) -> None:
+    inputs = [torch.randn(2, 20, 7, 11), torch.randn(outputs, 20) / 8, torch.randn(outputs)]
+    upstream = [
+        None if wanted == "confidence" else torch.randn(2, 7, 11, outputs - 1),
+        None if wanted == "values" else torch.randn(2, 7, 11),
+    ]
+
+    def operator(*given: Tensor, backends: Backends) -> tuple[Tensor, Tensor]:
+        x, weight, bias = given
+        if x.dtype == torch.float32:
+            return dense_output(x, weight, bias, exponential=exponential, backends=backends)
+        raw = torch.einsum("nchw,kc->nhwk", x, weight) + bias
+        return raw[..., :-1].exp() if exponential else raw[..., :-1], 1 + raw[..., -1].exp()
+
+    check_gradients(operator, inputs, upstream)
+
+
+def test_frozen_dense_output_gives_channels_last_gradients() -> None:
+    x = torch.randn(1, 8, 3, 5).half().contiguous(memory_format=LAST).requires_grad_()
+    weight, bias = torch.randn(2, 8).half(), torch.randn(2).half()
+    values, _ = dense_output(x, weight, bias, exponential=True, backends=TRITON)
+    (dx,) = torch.autograd.grad(values, x, torch.ones_like(values))
+    assert dx.dtype == torch.float16 and dx.is_contiguous(memory_format=LAST)
 
 
 def test_refusals() -> None:
@@ -137,14 +244,20 @@ def test_refusals() -> None:
 
 
 def test_opcheck() -> None:
-    x = torch.randn(1, 8, 3, 4).contiguous(memory_format=LAST)
-    across, down = tables(8, (5, 6))
-    added = torch.randn(1, 8, 5, 6).contiguous(memory_format=LAST)
-    torch.library.opcheck(torch.ops.gen3r.resize_bilinear, (x, 5, 6, across, down, added))
+    x = torch.randn(1, 8, 2, 3).contiguous(memory_format=LAST).requires_grad_()
+    across, down = tables(8, (4, 3))
+    added = torch.randn(1, 8, 4, 3).contiguous(memory_format=LAST)
+    torch.library.opcheck(torch.ops.gen3r.resize_bilinear, (x, 4, 3, across, down, added))
     weight = torch.randn(6, 8, 3, 3).contiguous(memory_format=LAST)
-    residual = torch.randn(1, 6, 3, 4).contiguous(memory_format=LAST)
+    residual = torch.randn(1, 6, 2, 3).contiguous(memory_format=LAST).requires_grad_()
     arguments = (x, weight, torch.randn(6), residual, True)
     torch.library.opcheck(torch.ops.gen3r.conv2d_add_relu, arguments)
-    torch.library.opcheck(
-        torch.ops.gen3r.dense_output, (x, torch.randn(2, 8), torch.randn(2), True)
-    )
+    given = (x, torch.randn(2, 8), torch.randn(2), True)
+    torch.library.opcheck(torch.ops.gen3r.dense_output, given)
+    maps = torch.randn(1, 2, 3, 1), torch.randn(1, 2, 3)
+    quick = ("test_schema", "test_faketensor")
+    for operator, inputs in (
+        (torch.ops.gen3r.resize_bilinear_backward, (added, 2, 3)),
+        (torch.ops.gen3r.dense_output_backward, (*maps, *maps, given[1], True, torch.float32)),
+    ):
+        torch.library.opcheck(operator, inputs, test_utils=quick)
