@@ -7,8 +7,9 @@ gen3r-engine bench --suite training -- --model nano --frames 5 --size 112       
 Cases: diffusion_step (stage 2 from latents: forward, backward, update), diffusion_step_encoded
 (the same from frames: VGGT, both autoencoders), adapter_step (stage 1 from frames; 25 frames by
 default), optimizer_step (the update alone), optimizer_step_stochastic (without float32 masters).
-Memory is all that PyTorch holds at the step's peak, weights, moments and frozen modules included. MFU counts the operations of the mathematics
-(`gen3r_training.flops`) against the data sheet's dense bf16 rate.
+Memory is all that PyTorch holds at the step's peak, weights, moments and frozen modules included.
+MFU counts the operations of the mathematics (`gen3r_training.flops`) against the data sheet's dense
+bf16 rate.
 """
 
 from __future__ import annotations

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import warnings
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from gen3r_kernels.backends import is_installed
+
 
 @cache
 def fa4_is_installed() -> bool:
     """Whether FlashAttention-4 is there; it shares its top package with FlashAttention-2."""
-    found = importlib.util.find_spec("flash_attn") is not None
-    return found and importlib.util.find_spec("flash_attn.cute") is not None
+    return is_installed("flash_attn.cute")
 
 
 def backward_fa4(

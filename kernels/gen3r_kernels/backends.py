@@ -32,7 +32,13 @@ _ALL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 @torch.compiler.assume_constant_result
 def _first_installed(modules: tuple[str, ...]) -> str:
     """The first of `modules` that can be imported, or an empty text."""
-    return next((name for name in modules if importlib.util.find_spec(name) is not None), "")
+    return next((name for name in modules if is_installed(name)), "")
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is there; of a dotted name the packages above it are imported to see."""
+    parent = module.rpartition(".")[0]
+    return (not parent or is_installed(parent)) and importlib.util.find_spec(module) is not None
 
 
 @torch.compiler.assume_constant_result
@@ -222,7 +228,8 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
             _HALF,
             cuda_only=True,
             min_capability=(8, 0),
-            modules=("flash_attn",),
+            # FlashAttention-4 has a package of the same name, without this module.
+            modules=("flash_attn.flash_attn_interface",),
             install="pip install 'gen3r-engine[flash]'",
         ),
         AttentionBackend(
