@@ -123,7 +123,7 @@ class BackwardConfig:
         columns = max(1, 2048 // padded)
         parts = count * triton.cdiv(width, columns)
         strip = next((n for n in (16, 8, 4, 2) if parts * (height // n) >= PROGRAMS), 1)
-        return cls(strip, columns, padded, 4)
+        return cls(strip, columns, padded, 8 if columns * padded >= 2048 else 4)
 
 
 def _taps(size: int, out: int) -> int:
