@@ -1,5 +1,5 @@
 # make demo    install what is missing, then turn the example photo into a scene (on a CPU too)
-# make test    install what is missing, then run the whole test suite
+# make test    install what is missing, then run the whole test suite in WORKERS processes
 # make lint    ruff (lint and format) and mypy
 # make bench   install what is missing, then measure the operators; make bench SUITE=pipeline: the
 #              stages. Rows go to benchmarks/results/, see docs/benchmarks.md
@@ -25,6 +25,7 @@ BENCH_ARGS ?=
 # they wait make a run several times slower when other processes share the cores (measured on 2
 # cores: denoising 18.0 s spinning, 2.6 s passive). Neither changes a result.
 THREADS ?= 2
+WORKERS ?= 2
 OPENMP := OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive
 
 .PHONY: demo test lint bench sanitize fuzz clean install
@@ -44,8 +45,9 @@ demo: $(STAMP)
 	$(OPENMP) $(VENV)/bin/gen3r-engine run --frame_path examples/1view/photo.jpg \
 	  --prompts examples/1view/prompts.txt --cameras zoom_out --output_dir $(OUTPUTS)
 
+# A process a core with one thread each; files stay whole, as some start processes of their own.
 test: $(STAMP)
-	$(OPENMP) $(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

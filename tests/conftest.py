@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from tests.golden_fixtures.golden import RECORD, Row
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FULL_GOLDEN = REPOSITORY.parent / "shared" / "reference" / "golden"
@@ -48,6 +52,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+# With pytest-xdist tests run in worker processes, whose knowledge the summaries below need.
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker's part: which tests are for a GPU, and what the golden fixtures measured."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["gpu_tests"] = sorted(session.config.stash.get(GPU_TESTS, frozenset()))
+        output["golden"] = [dataclasses.astuple(row) for row in RECORD]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """The main process' part."""
+    output = getattr(node, "workeroutput", {})
+    known = node.config.stash.get(GPU_TESTS, frozenset())
+    node.config.stash[GPU_TESTS] = known | set(output.get("gpu_tests", ()))
+    RECORD.extend(Row(*values) for values in output.get("golden", ()))
 
 
 def pytest_terminal_summary(

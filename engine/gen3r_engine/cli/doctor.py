@@ -100,6 +100,7 @@ def _attention(problems: list[str]) -> None:
     import torch
 
     from gen3r_kernels import ATTENTION_BACKENDS
+    from gen3r_kernels.attention_libraries import fa4_is_installed
     from gen3r_kernels.backends import explain
 
     _heading("attention backends")
@@ -115,6 +116,8 @@ def _attention(problems: list[str]) -> None:
     tokens = torch.empty((1, 31_850, 1, 128), dtype=torch.bfloat16, device=device)
     for line in explain(tokens):
         _row("", line)
+    missing = "not installed (on Hopper, for training: pip install 'gen3r-engine[fa4]')"
+    _row("backward: fa4", "yes" if fa4_is_installed() else missing)
 
 
 def _checkpoint(path: Path, problems: list[str]) -> None:

@@ -68,11 +68,6 @@ def is_pipeline(path: Path) -> bool:
     return (path.expanduser() / INDEX).is_file()
 
 
-def has_config(report: ComponentReport) -> bool:
-    """Whether the sizes of a component were written beside its weights, or are the real model's."""
-    return bool(report.files) and (report.files[0].path.parent / "config.json").is_file()
-
-
 def stored_dtype(report: ComponentReport) -> torch.dtype:
     """The dtype in which a component's files hold their first tensor."""
     file = report.files[0]
