@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,9 +131,12 @@ def test_without_a_checkout(
 @pytest.mark.slow
 def test_pytest_benchmark_runs_the_same_cases() -> None:
     chosen = ["--benchmark-only", "-q", "-k", "guidance_step and multistep"]
+    # In a worker of pytest-xdist its variables would make the child take itself for one.
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", *chosen, "-p", "no:cacheprovider"],
         cwd=REPOSITORY,
+        env=environment,
         capture_output=True,
         text=True,
     )

@@ -56,7 +56,9 @@ def test_activations_stay_of_order_one(name: str) -> None:
             keep(kind, module)
         keep("ffn", block.ffn)
     rows = torch.cat([inputs.noise] * 2)
-    velocity = transformer(rows, torch.full((2,), 700.0), inputs.conditions, side_by_side=True)
+    # Through the blocks' forward, which the hooks hear; `transformer(...)` runs each by itself.
+    constants = transformer.prepare(inputs.conditions, side_by_side=True)
+    velocity = transformer.velocity(rows, transformer.tables(torch.full((2,), 700.0)), constants)
     assert 0.5 < rms(velocity) < 3
     assert 0.1 < rms(velocity[0] - velocity[1]) < 2, "the text makes a difference"
     for kind in ("self", "cross", "ffn"):

@@ -26,7 +26,8 @@ def test_interpreted_kernels() -> None:
         pytest.fail(f"{FOLDER} holds no tests")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
     # Interpreted kernels run on the CPU, on one thread: a GPU would only cost start-up time.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
+    environment = inherited | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     halves = [
         subprocess.Popen(
             [*command, *half],
