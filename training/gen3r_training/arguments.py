@@ -91,6 +91,8 @@ COMPUTE: Flags = {
 }
 GROUPS = {"data": DATA, "run": RUN, "optimiser": OPTIMIZER, "computation": COMPUTE}
 MANY = ("data_root", "data_weights")
+# Flags that may stand alone, and what they then mean.
+BARE: dict[str, Any] = {"ema": EMA_DECAY, "gradient_checkpointing": "selective"}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -122,8 +124,8 @@ def _add(group: argparse._ArgumentGroup, field: Any, kind: Any, text: str) -> No
         options |= {"type": kind, "metavar": _METAVARS[kind]}
     if field.name in MANY:
         options["nargs"] = "+"
-    if field.name == "ema":
-        options |= {"nargs": "?", "const": EMA_DECAY}
+    if field.name in BARE:
+        options |= {"nargs": "?", "const": BARE[field.name]}
     if not required:
         options["default"] = field.default
         shown = field.default not in (None, ()) and "default" not in text
