@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.golden_fixtures.golden import RECORD, Row
+from tests.golden_fixtures.summary import write_worst_errors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FULL_GOLDEN = REPOSITORY.parent / "shared" / "reference" / "golden"
@@ -75,7 +76,8 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say how many tests marked `gpu` were skipped, and whether for want of a GPU."""
+    """The golden fixtures' errors; how many tests marked `gpu` were skipped, and why."""
+    write_worst_errors(terminalreporter)
     # By name, not by keyword: the folder tests/gpu is a keyword of every test in it.
     marked = config.stash.get(GPU_TESTS, frozenset())
     skipped = [r for r in terminalreporter.getreports("skipped") if r.nodeid in marked]

@@ -12,12 +12,14 @@ from gen3r_training.flops import (
     diffusion_flops,
     encoding_flops,
     peak_flops,
+    tokens,
     transformer_forward_flops,
 )
 
 
 def test_transformer() -> None:
     """271.4 TFLOP a forward at the real size; a training step is three of them."""
+    assert tokens(GEN3R.transformer, 49, 560) == 31_850
     forward = transformer_forward_flops(GEN3R.transformer, 49, 560)
     assert forward == pytest.approx(271.4e12, rel=1e-3)
     assert diffusion_flops(GEN3R.transformer, 49, 560) == 3 * forward

@@ -52,10 +52,15 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAKS if part in name), None)
 
 
+def tokens(config: TransformerConfig, frames: int, size: int) -> int:
+    """S: tokens of the joint latents of frames x size x size pixels."""
+    shape = stages.latent_shape(frames, size, size)
+    return math.prod(shape[1:]) // math.prod(config.patch_size)
+
+
 def transformer_forward_flops(config: TransformerConfig, frames: int, size: int) -> int:
     """One forward of one sample of frames x size x size pixels; 271 TFLOP at 49 x 560 x 560."""
-    shape = stages.latent_shape(frames, size, size)
-    s = math.prod(shape[1:]) // math.prod(config.patch_size)
+    s = tokens(config, frames, size)
     c, context = config.dim, config.text_len + IMAGE_TOKENS
     linears = 2 * s * c * (6 * c + 2 * config.ffn_dim)  # q, k, v, o, cross q and o, two of the ffn
     keys_values = 2 * context * c * 2 * c
