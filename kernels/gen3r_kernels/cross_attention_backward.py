@@ -12,8 +12,8 @@ dq), and its own gradient, without that factor, is that of every padding row.
   which PyTorch adds up. No atomics: repeated runs agree to the bit.
 
 Products at [1, 31850, 12, 128] with 17 tokens and 257 image keys: 275 keys instead of 769, nine
-products instead of ten, 0.31 TFLOP with whole tiles. cuDNN's backward over all keys, twice, after a
-forward each for the denominators, took 3.6 ms on an H100: 512 keys are few blocks for its grid.
+products instead of ten, 0.31 TFLOP with whole tiles. Measured on an H100: 1.10 ms. cuDNN's backward
+over all keys, twice, takes 2.80, and needs a forward each for the denominators.
 """
 
 from __future__ import annotations
