@@ -37,7 +37,15 @@ UNITS = {
 }
 LOWER_IS_BETTER = frozenset({"time", "memory", "energy", "latent_error"})
 COMPILE: dict[str, Any] = {"phase": "compile"}  # the config of rows that hold compile time
-LIBRARIES = ("transformers", "diffusers", "safetensors", "numpy", "fa3-fwd", "flash-attn")
+LIBRARIES = (
+    "transformers",
+    "diffusers",
+    "safetensors",
+    "numpy",
+    "fa3-fwd",
+    "flash-attn",
+    "flash-attn-4",
+)
 
 Row = dict[str, Any]  # a line of a results file: KEYS
 
