@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gen3r import encoders
 from gen3r.components import COMPONENTS, Component
-from gen3r.config import ComponentConfig, Gen3RConfig
+from gen3r.config import OWN_VALUES, ComponentConfig, Gen3RConfig
 from gen3r.schedulers import make_euler_scheduler
 from gen3r_kernels import Backends
 
@@ -351,13 +351,31 @@ def pipeline_values(folder: Path, reports: list[ComponentReport]) -> dict[str, A
     ours = read_own_values(folder)
     found = {r.name: r for r in reports}
     configs: dict[str, Any] = {name: found[name].config for name in COMPONENTS}
-    sizes = {k: v for k, v in ours.items() if k in ("num_frames", "size")}
+    sizes = {k: v for k, v in ours.items() if k in OWN_VALUES}
     return {
         "config": Gen3RConfig(**configs, **sizes),
         "tokenizer": found["tokenizer"].loaded,
         "scheduler": found["scheduler"].loaded,
         "untrained": bool(ours.get("untrained", False)),
     }
+
+
+def pipeline_config(folder: Path) -> Gen3RConfig:
+    """The configuration of a folder that has all six components, without looking at weights.
+
+    Raises
+    ------
+    CheckpointError : a config.json that is missing or is not JSON. ValueError : one that cannot be.
+    """
+    configs: dict[str, Any] = {}
+    for name, component in COMPONENTS.items():
+        path = folder / name / "config.json"
+        try:
+            configs[name] = component.config.from_dict(json.loads(path.read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error})") from error
+    ours = read_own_values(folder)
+    return Gen3RConfig(**configs, **{k: v for k, v in ours.items() if k in OWN_VALUES})
 
 
 def load_pipeline_parts(
@@ -380,7 +398,7 @@ def load_pipeline_parts(
 
 
 def read_own_values(folder: Path) -> dict[str, Any]:
-    """What this project adds to model_index.json: num_frames, size, untrained. {} when nothing.
+    """What this project adds to model_index.json: `OWN_VALUES` and untrained. {} when nothing.
 
     Raises
     ------

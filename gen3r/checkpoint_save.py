@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gen3r.components import COMPONENTS, Component
-from gen3r.config import ComponentConfig, Gen3RConfig
+from gen3r.config import OWN_VALUES, ComponentConfig, Gen3RConfig
 from gen3r.folders import whole_folder
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def model_index(pipeline: Gen3RPipeline) -> dict[str, Any]:
     config, usual = pipeline.config, Gen3RConfig()
     ours: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("num_frames", "size")
+        for name in OWN_VALUES
         if getattr(config, name) != getattr(usual, name)
     }
     if pipeline.untrained:

@@ -212,7 +212,7 @@ class ImageEncoderConfig(ComponentConfig):
 
 @dataclass(frozen=True)
 class Gen3RConfig:
-    """All six components. `num_frames` and `size` are the defaults of a request."""
+    """All six components; `num_frames`, `size` and `guidance_scale` are a request's defaults."""
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     wan_vae: AppearanceVAEConfig = field(default_factory=AppearanceVAEConfig)
@@ -222,6 +222,7 @@ class Gen3RConfig:
     clip_image_encoder: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     num_frames: int = 49
     size: int = 560
+    guidance_scale: float = 5.0
 
     def __post_init__(self) -> None:
         tokens = 5 * 2 * self.vggt.embed_dim
@@ -242,4 +243,5 @@ class Gen3RConfig:
         )
 
 
+OWN_VALUES = ("num_frames", "size", "guidance_scale")  # kept beside upstream's keys
 GEN3R = Gen3RConfig()

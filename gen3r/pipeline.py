@@ -51,7 +51,7 @@ MODULES = (
 class Gen3RPipeline:
     """The six components, the tokenizer and the scheduler, on one device.
 
-    `untrained` marks a model whose weights are random (the embedded one).
+    `untrained` marks a model whose weights are random, in whole or in part.
     """
 
     config: Gen3RConfig
@@ -133,7 +133,7 @@ class Gen3RPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | None = None,
         negative_prompt: str = "bad detailed",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,  # [B, 16, f, h, 2 w] initial noise
@@ -153,6 +153,7 @@ class Gen3RPipeline:
 
         Without `generator` every request draws from its own generator, seeded with its seed on the
         pipeline's device, so a scene does not depend on what it is batched with.
+        `num_frames`, sides and `guidance_scale` are the model's own where None is given.
         `callback_on_step_end` is called as ``f(pipe, step, timestep, {"latents": x})`` and may
         return replaced latents.
         `output_type` is ``scene``, or ``latent`` for the joint latents [B, 16, f, h, 2 w].
@@ -181,6 +182,8 @@ class Gen3RPipeline:
                 )
             ]
         check_batch(requests)
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
         schedule = make_schedule(solver, num_inference_steps, shift=shift, euler=self.scheduler)
         run = Run(self.device, progress)
         if self.device.type == "cuda":

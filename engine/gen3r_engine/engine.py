@@ -121,7 +121,7 @@ class Engine:
         requests: Sequence[SceneRequest] | SceneRequest,
         *,
         steps: int = 50,
-        guidance: float = 5.0,
+        guidance: float | None = None,
         solver: str = "euler",
         shift: float = 5.0,
         point_maps: bool = False,
@@ -153,7 +153,7 @@ class Engine:
         requests: Sequence[SceneRequest] | SceneRequest,
         *,
         steps: int = 50,
-        guidance: float = 5.0,
+        guidance: float | None = None,
         solver: str = "euler",
         shift: float = 5.0,
         point_maps: bool = False,
@@ -188,6 +188,8 @@ class Engine:
         """
         listed = [requests] if isinstance(requests, SceneRequest) else list(requests)
         schedule = make_schedule(solver, steps, shift=shift, euler=self.pipeline.scheduler)
+        if guidance is None:
+            guidance = self.pipeline.config.guidance_scale
         sampling = Sampling(schedule, guidance, point_maps, fusion, latents, posterior_noise)
         reporter = Reporter(progress, on_event)
         batches = self._batches(listed, reporter)

@@ -264,7 +264,7 @@ class SceneWriter:
         facts = [str(request.task), f"{len(self.rgb)} frames", f"{self.width} x {self.height}"]
         facts += [_cameras_text(request), f"seed {request.seed}"]
         if self.config.get("untrained"):
-            facts.append("embedded model with untrained weights: not a picture of the scene")
+            facts.append("untrained weights: not a picture of the scene")
         cloud = self.cloud
         if cloud is not None:
             points, colors = cloud.points, cloud.colors

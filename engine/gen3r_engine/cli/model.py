@@ -161,7 +161,7 @@ def load_engine(name: str | None, config: EngineConfig) -> Engine:
         if path is not None:
             progress("load checkpoint", 1, 1)
     if engine.pipeline.untrained:
-        note("the embedded model's weights are untrained: the scene will be noise, not a place")
+        note("the model's weights are untrained: the scene will be noise, not a place")
     for text in engine.notes:
         note(text)
     return engine

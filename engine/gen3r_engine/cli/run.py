@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", default="outputs", help="results go to OUTPUT_DIR/TASK/TIME")
     add("--requests", metavar="SCENES.jsonl", help="many scenes, one JSON object per line")
     add("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    add("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
+    add("--guidance", type=float, help="guidance scale; default: the model's (5)")
     add("--seed", type=int, default=42, help="seed of the noise (default: 42)")
     add("--frames", type=int, help="frames to make, 4k + 1; default: the model's (49)")
     add("--size", metavar="N|HxW", help="pixels, multiples of 56; default: the model's (560)")
@@ -106,7 +106,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("steps", "stride"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)} is below 1; use 1 or more")
-    if not 0 <= args.guidance < float("inf"):
+    if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise UsageError(f"--guidance {args.guidance} is out of range; use 5 (1 turns it off)")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed} is negative; use 0 or more")
@@ -277,7 +277,7 @@ class _Job:
         return {
             "model": self.args.pretrained_model_name_or_path or "embedded",
             "num_inference_steps": self.args.steps,
-            "guidance_scale": self.args.guidance,
+            "guidance_scale": scene.info["guidance_scale"],
             "batch": scene.info.get("batch", 1),
             "untrained": self.engine.pipeline.untrained,
             "device": str(self.engine.device),
