@@ -5,6 +5,9 @@ RealEstate10K, DL3DV-10K, Co3Dv2, WildRGB-D, TartanAir (re10k, dl3dv, co3d, wild
   gen3r-engine prepare dl3dv /data/DL3DV data --val_share 0.02 --link symlink --workers 16
   gen3r-engine prepare co3d /data/co3d data_co3d --split val --size 560
 
+Scenes that the project renders itself, with exact depth and cameras:
+  gen3r-engine prepare procedural data --scenes 8000 --held_out 64 --seed 0
+
 What stage 2 would encode again in every epoch, once:
   gen3r-engine prepare latents --data_root data --pretrained_path P --cache_dir cache
 
@@ -21,16 +24,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gen3r_engine.cli import prepare_latents
+from gen3r_engine.cli import prepare_latents, prepare_procedural
 from gen3r_engine.cli.errors import UsageError, user_input
 from gen3r_engine.cli.prepare_latents import add_latent_arguments
+from gen3r_engine.cli.prepare_procedural import add_procedural_arguments
 from gen3r_engine.cli.progress import StageProgress, note
 
 if TYPE_CHECKING:
     from gen3r_training.formats import Format, PrepareOptions, PrepareReport, SceneEntry
 
-HELP = "turn a data set into training scenes, or encode them once (latents)"
+HELP = "turn a data set into training scenes, render some, or encode them once (latents)"
 LATENTS = "latents"
+PROCEDURAL = "procedural"
 # Short and published names, as gen3r_training.formats has them: importing it takes a second.
 NAMES = {
     **{"re10k": "RealEstate10K", "dl3dv": "DL3DV-10K", "co3d": "Co3Dv2"},
@@ -39,7 +44,7 @@ NAMES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One form for every data set, and one for the latent cache."""
+    """One form for every data set, one for rendered scenes and one for the latent cache."""
     forms = parser.add_subparsers(dest="dataset", metavar="DATASET", required=True)
 
     def form(name: str, text: str, aliases: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -57,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     for name, title in NAMES.items():
         _add_dataset_arguments(form(name, f"scenes of {title}", _spellings(name, title)), name)
+    text = "render rooms and courtyards with exact depth and cameras"
+    add_procedural_arguments(form(PROCEDURAL, text))
     add_latent_arguments(form(LATENTS, "encode prepared scenes once, for stage 2", ["LATENTS"]))
 
 
@@ -106,6 +113,8 @@ def main(args: argparse.Namespace) -> int:
     """Prepare a data set or the latents; 0 when there is at least one scene, 1 when none."""
     if args.dataset == LATENTS:
         return prepare_latents.main(args)
+    if args.dataset == PROCEDURAL:
+        return prepare_procedural.main(args)
     from gen3r_training.formats import format_named
 
     known = format_named(args.dataset)
