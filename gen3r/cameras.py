@@ -73,11 +73,21 @@ def rays(
     width: int,
 ) -> tuple[Tensor, Tensor]:  # origin, direction (unit length), both [..., 3, H, W]
     """World rays through the pixel centres (+0.5)."""
+    return rays_through(c2w, torch.linalg.inv(intrinsics), height, width)
+
+
+def rays_through(
+    c2w: Tensor,  # [..., 4, 4]
+    inverse: Tensor,  # [..., 3, 3] inverse intrinsics
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:  # origin, direction (unit length), both [..., 3, H, W]
+    """`rays` of intrinsics that are inverted already (inverting waits for a GPU)."""
     rows = torch.arange(height, dtype=c2w.dtype, device=c2w.device) + 0.5
     columns = torch.arange(width, dtype=c2w.dtype, device=c2w.device) + 0.5
     v, u = torch.meshgrid(rows, columns, indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)
-    camera = torch.linalg.inv(intrinsics) @ pixels
+    camera = inverse @ pixels
     direction = c2w[..., :3, :3] @ camera
     direction = direction / direction.norm(dim=-2, keepdim=True)
     origin = c2w[..., :3, 3:].expand_as(direction)
@@ -91,7 +101,14 @@ def plucker_map(
     width: int,
 ) -> Tensor:  # [..., 6, H, W]
     """Pluecker coordinates of every pixel's ray: moment o x d, then direction d."""
-    origin, direction = rays(c2w, intrinsics, height, width)
+    return plucker_coordinates(*rays(c2w, intrinsics, height, width))
+
+
+def plucker_coordinates(
+    origin: Tensor,  # [..., 3, H, W]
+    direction: Tensor,  # [..., 3, H, W]
+) -> Tensor:  # [..., 6, H, W]
+    """Moment o x d and direction d of rays."""
     moment = torch.linalg.cross(origin, direction, dim=-3)
     return torch.cat([moment, direction], dim=-3)
 

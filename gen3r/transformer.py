@@ -163,12 +163,24 @@ class WanTransformer(nn.Module):
         cameras: Tensor | None,  # [B, 24, f, 8 h, 8 w]
     ) -> Conditions:
         """Project everything that stays the same over the denoising steps."""
-        dtype = self.dtype
-        padded = pad_text([t.to(dtype) for t in text], self.config.text_len)
+        padded = pad_text([t.to(self.dtype) for t in text], self.config.text_len)
         lengths = [min(len(t), self.config.text_len) for t in text]
+        counts = torch.tensor(lengths, dtype=torch.int32, device=padded.device)
+        return self.condition_padded(padded, counts, image, control, cameras)
+
+    def condition_padded(
+        self,
+        text: Tensor,  # [B, text_len, text_dim], zeros behind each prompt's tokens
+        text_lengths: Tensor,  # [B] int32
+        image: Tensor,  # [B, 257, clip_dim]
+        control: Tensor,  # [B, in_dim - out_dim, f, h, w]
+        cameras: Tensor | None,  # [B, 24, f, 8 h, 8 w]
+    ) -> Conditions:
+        """`condition` of text that is padded already; nothing waits for a GPU."""
+        dtype = self.dtype
         return Conditions(
-            text=self.text_embedding(padded),
-            text_lengths=torch.tensor(lengths, dtype=torch.int32, device=padded.device),
+            text=self.text_embedding(text.to(dtype)),
+            text_lengths=text_lengths,
             image=self.img_emb(image.to(dtype)),
             cameras=None if cameras is None else self.control_adapter(cameras.to(dtype)),
             control=control.to(dtype),

@@ -46,6 +46,7 @@ class VideoAutoencoder(nn.Module):
         self.register_load_state_dict_post_hook(_arrange_after_loading)
         self.latents_mean = latents_mean
         self.latents_std = latents_std
+        self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
         self.temporal_factor = 2 ** sum(temporal)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -235,10 +236,19 @@ class VideoAutoencoder(nn.Module):
         return latents / reciprocal + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / std as [z, 1, 1, 1] in the dtype and on the device of `like`."""
+        """Mean and 1 / std as [z, 1, 1, 1] in the dtype and on the device of `like`.
+
+        Kept for the next call: a CUDA graph cannot hold their copy from the host.
+        """
+        key = (self.latents_mean, self.latents_std, like.dtype, like.device)
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
         mean = torch.tensor(self.latents_mean, dtype=torch.float32)
         reciprocal = 1.0 / torch.tensor(self.latents_std, dtype=torch.float32)
-        return mean.to(like).view(-1, 1, 1, 1), reciprocal.to(like).view(-1, 1, 1, 1)
+        made = mean.to(like).view(-1, 1, 1, 1), reciprocal.to(like).view(-1, 1, 1, 1)
+        if type(like) is Tensor and not torch.compiler.is_compiling():  # no tracer's stand-in
+            self._kept = key, made
+        return made
 
     def _moments_chunk(self, x: Tensor, cache: ChunkCache) -> Tensor:
         frames = x.shape[2]

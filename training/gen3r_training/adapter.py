@@ -78,6 +78,23 @@ class AdapterStep:
     kl_weight: float
 
 
+@dataclass(frozen=True)
+class AdapterTerms:
+    """The parts of stage 1's loss, 0-d tensors with gradient.
+
+    parts : smooth L1 terms and head terms by name; recon : their weighted sum times its weight
+    cosine, kl : before their weights; kl_factor : weight of the KL beside the adaptive one
+    posterior : of the adapter, float32
+    """
+
+    parts: dict[str, Tensor]
+    recon: Tensor
+    cosine: Tensor
+    kl: Tensor
+    kl_factor: float
+    posterior: Posterior
+
+
 @torch.no_grad()
 def vggt_token_maps(
     vggt: VGGT,
@@ -134,36 +151,71 @@ def adapter_loss(
         and compute in bf16).
     """
     config = config or AdapterLossConfig()
+    terms = adapter_terms(
+        adapter, vggt, target, reference, noise, config, recompute=recompute, dtype=dtype
+    )
+    recon, kl = terms.recon, terms.kl
+    values = recon.item(), kl.item()
+    weight = adaptive_weight(*values) if all(map(math.isfinite, values)) else 1.0
+    regular = terms.kl_factor * weight * kl
+    loss = recon + config.similarity * terms.cosine + regular
+
+    logs = {name: term.item() for name, term in terms.parts.items()}
+    logs |= {"loss": loss.item(), "recon_loss": recon.item(), "cosine": terms.cosine.item()}
+    logs |= {"kl": kl.item(), "kl_weight": terms.kl_factor * weight}
+    if config.align_kl > 0:
+        logs["align_loss"] = regular.item()
+    logs |= _statistics(terms.posterior) | {
+        f"{name}_wan": value for name, value in _statistics(in_float32(reference)).items()
+    }
+    return AdapterStep(loss, logs, kl.item(), weight)
+
+
+def adapter_terms(
+    adapter: GeometryAdapter,
+    vggt: VGGT,
+    target: Tensor,  # [B, 10 C, F, h, w], in the dtype of VGGT
+    reference: Posterior,  # of [B, 16, f, 1.75 h, 1.75 w]
+    noise: Tensor,  # [B, 16, f, 1.75 h, 1.75 w] standard normal
+    config: AdapterLossConfig,
+    *,
+    recompute: str = "none",
+    dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,  # [10 C] float32
+    disturbance: Tensor | None = None,  # [B, 16, f, 1.75 h, 1.75 w]
+) -> AdapterTerms:
+    """The parts of `adapter_loss`, which never wait for a GPU.
+
+    Parameters
+    ----------
+    scale : what tokens are divided by before they are compared, one value a channel; None: 1.
+    disturbance : added to the drawn latents, in deviations of each channel over this batch, so that
+        the decoder learns to bear latents that are not quite an encoder's. None: nothing.
+    """
     dtype = dtype or next(adapter.parameters()).dtype
     patch = vggt.config.patch_size
     encoded = adapter.encode(target.to(dtype))
-    decoded = adapter.decode(encoded.sample(noise.to(dtype))).to(target.dtype)
+    latents = encoded.sample(noise.to(dtype))
+    if disturbance is not None:
+        deviation = encoded.mean.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
+        latents = latents + (deviation * disturbance).to(dtype)
+    decoded = adapter.decode(latents).to(target.dtype)
     posterior, reference = in_float32(encoded), in_float32(reference)
-    terms, cosine = token_terms(decoded, target, config, recompute)
+    if scale is None:
+        parts, cosine = token_terms(decoded, target, config, recompute)
+    else:
+        parts, cosine = scaled_token_terms(decoded, target, config, scale)
     size = target.shape[-2] * patch, target.shape[-1] * patch
-    terms |= head_terms(vggt, decoded, target, *size, recompute)
+    parts |= head_terms(vggt, decoded, target, *size, recompute)
     weights = {"camera_loss": config.camera, "depth_loss": config.depth, "point_loss": config.point}
-    weighted = [weights.get(name, 1.0) * term for name, term in terms.items()]
+    weighted = [weights.get(name, 1.0) * term for name, term in parts.items()]
     recon = config.recon * torch.stack(weighted).sum()
 
     aligned = config.align_kl > 0
     other = (reference.mean, reference.logvar) if aligned else (None, None)
     kl = gaussian_kl(posterior.mean, posterior.logvar, *other, full=config.full_kl).mean()
-    values = recon.item(), kl.item()
-    weight = adaptive_weight(*values) if all(map(math.isfinite, values)) else 1.0
     factor = config.align_kl * config.align_scale if aligned else config.normal_kl
-    regular = factor * weight * kl
-    loss = recon + config.similarity * cosine + regular
-
-    logs = {name: term.item() for name, term in terms.items()}
-    logs |= {"loss": loss.item(), "recon_loss": recon.item(), "cosine": cosine.item()}
-    logs |= {"kl": kl.item(), "kl_weight": factor * weight}
-    if aligned:
-        logs["align_loss"] = regular.item()
-    logs |= _statistics(posterior) | {
-        f"{name}_wan": value for name, value in _statistics(reference).items()
-    }
-    return AdapterStep(loss, logs, kl.item(), weight)
+    return AdapterTerms(parts, recon, cosine, kl, factor, posterior)
 
 
 def token_terms(
@@ -179,7 +231,22 @@ def token_terms(
     run = activations.recompute(recompute)
     pairs = zip(decoded.unbind(2), target.unbind(2), strict=True)
     rows = [run(_frame_terms, a, b, config) for a, b in pairs]
-    image, camera, distance = torch.stack(rows).mean(0).unbind()
+    return _named(torch.stack(rows).mean(0))
+
+
+def scaled_token_terms(
+    decoded: Tensor,  # [B, 10 C, F, h, w]
+    target: Tensor,  # [B, 10 C, F, h, w]
+    config: AdapterLossConfig,
+    scale: Tensor,  # [10 C] float32
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`token_terms` of tokens divided by `scale`, all frames at once."""
+    a, b = (x.transpose(1, 2).flatten(0, 1) / scale[:, None, None] for x in (decoded, target))
+    return _named(_frame_terms(a, b, config))
+
+
+def _named(terms: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    image, camera, distance = terms.unbind()
     return {"image_token_loss": image, "camera_token_loss": camera}, distance
 
 

@@ -25,7 +25,7 @@ from gen3r.geometry_adapter import GeometryAdapter
 from gen3r.transformer import Conditions, RawConditions, WanTransformer
 from gen3r.vggt import VGGT
 from gen3r_training.adapter import vggt_token_maps
-from gen3r_training.losses import truncated_mse
+from gen3r_training.losses import truncated_square
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,16 @@ def flow_sample(
         raise ValueError(f"timestep indices {indices.tolist()} must lie in 0..{table - 1}")
     timesteps = scheduler.timesteps[indices.cpu()].to(clean.device)
     sigmas = scheduler.sigmas[indices.cpu()].to(clean.device)
+    return flow_at(timesteps, sigmas, clean, noise)
+
+
+def flow_at(
+    timesteps: Tensor,  # [B] float32
+    sigmas: Tensor,  # [B] float32
+    clean: Tensor,  # [B, 16, f, h, 2 w]
+    noise: Tensor,  # [B, 16, f, h, 2 w]
+) -> FlowSample:
+    """Noise each sample at its own level."""
     s = sigmas.view(-1, *(1,) * (clean.ndim - 1))
     return FlowSample(timesteps, sigmas, (1 - s) * clean + s * noise, noise - clean)
 
@@ -237,7 +247,6 @@ def diffusion_step(
     ValueError : latents that the transformer does not take.
     """
     prediction = transformer(sample.noisy, sample.timesteps, conditions, side_by_side=True)
-    pairs = zip(prediction, sample.target, strict=True)
-    per_sample = torch.stack([truncated_mse(p, t) for p, t in pairs])
+    per_sample = truncated_square(prediction, sample.target).flatten(1).mean(1)
     weighted = per_sample if weights is None else weights.to(per_sample) * per_sample
     return DiffusionStep(weighted.mean(), per_sample.detach(), prediction)

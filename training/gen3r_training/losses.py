@@ -164,6 +164,20 @@ def adaptive_weight(target: float, current: float) -> float:
     return 10.0 ** math.floor(math.log10(quotient.item()))
 
 
+def adaptive_weight_of(
+    target: Tensor,  # 0-d float32
+    current: Tensor,  # 0-d float32
+) -> Tensor:  # 0-d float32, detached
+    """`adaptive_weight` where both values are, so that nothing waits for a GPU.
+
+    1 where one of them is not finite. A target of 0 gives 0, where `adaptive_weight` raises.
+    """
+    target, current = target.detach(), current.detach()
+    power = 10.0 ** (target / current).double().log10().floor()
+    plain = (current <= target) | ~(target.isfinite() & current.isfinite())
+    return torch.where(plain, 1.0, power).float()
+
+
 def gaussian_kl(
     mean: Tensor,  # [B, C, F, H, W]
     logvar: Tensor,  # [B, C, F, H, W]
@@ -196,8 +210,17 @@ def truncated_mse(
     limit: float = 50.0,
 ) -> Tensor:  # scalar
     """Mean squared error in float32; entries with |error| > `limit` count 0 (but are counted)."""
+    return truncated_square(prediction, target, limit).mean()
+
+
+def truncated_square(
+    prediction: Tensor,  # any shape
+    target: Tensor,  # same
+    limit: float = 50.0,
+) -> Tensor:  # same, float32
+    """The terms of `truncated_mse`."""
     error = prediction.float() - target.float()
-    return torch.where(error.abs() > limit, 0.0, error.square()).mean()
+    return torch.where(error.abs() > limit, 0.0, error.square())
 
 
 def linear_decay(step: int, decay_steps: int, start: float = 0.5, end: float = 0.25) -> float:

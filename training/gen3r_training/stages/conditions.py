@@ -160,9 +160,17 @@ def _draw(
     purpose: str,
     size: int,
 ) -> Tensor:  # [1, 16, f, h, w] float32
-    """One draw. A row or column that `latent_grid` adds repeats the last one."""
+    """One draw."""
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     drawn = Posterior(mean, logvar).sample(normal(seed, purpose, mean.shape).to(mean.device))
+    return on_latent_grid(drawn, size)
+
+
+def on_latent_grid(
+    drawn: Tensor,  # [B, 16, f, size / 8, size / 8]
+    size: int,
+) -> Tensor:  # [B, 16, f, h, w] of `latent_grid`
+    """A row or column that `latent_grid` adds repeats the last one."""
     rows, columns = latent_grid(size, size)
     extra = (0, columns - drawn.shape[-1], 0, rows - drawn.shape[-2], 0, 0)
     return F.pad(drawn, extra, mode="replicate") if any(extra) else drawn
