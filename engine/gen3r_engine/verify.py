@@ -2,6 +2,9 @@
 
 The plain pipeline is `Gen3RPipeline` with separate PyTorch operators. Compared are the latents
 after every step, the video, depth and cameras; `limits_for` says what is accepted and why.
+
+That says whether the computation is right. How good the scenes are, and what the preset takes from
+them, `evaluation.preset_quality` measures on scenes whose truth is known.
 """
 
 from __future__ import annotations
@@ -139,13 +142,13 @@ def verify(
     request: SceneRequest,
     *,
     steps: int = 50,
-    guidance: float = 5.0,
+    guidance: float | None = None,
     reference_dtype: str | None = None,
 ) -> Verification:
     """Make the request's scene in the config's preset and with the plain pipeline, and compare.
 
     One after the other, so that only one model is in memory. checkpoint None: the embedded model.
-    reference_dtype None: the preset's own dtype.
+    guidance None: the model's own. reference_dtype None: the preset's own dtype.
 
     Raises
     ------
@@ -157,6 +160,7 @@ def verify(
     engine = Engine.load(checkpoint, config)
     device, dtype = engine.device, engine.choice.dtype
     channels = engine.pipeline.config.transformer.out_dim
+    guidance = engine.pipeline.config.guidance_scale if guidance is None else guidance
     noise, draws = draw_noise([request], None, None, None, channels, device, torch.bfloat16)
     draws = draws.float()
     found = _engine_run(engine, request, steps, guidance, noise, draws)

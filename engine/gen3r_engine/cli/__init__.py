@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from gen3r_engine.cli import bench, doctor, prepare, run, train, verify, view, warmup
+from gen3r_engine.cli import bench, doctor, eval, prepare, run, train, verify, view, warmup
 from gen3r_engine.cli.errors import UsageError, one_line
 from gen3r_engine.cli.signals import exit_code, sigterm_unwinds, told
 
 COMMANDS = {
     **{"run": run, "view": view, "warmup": warmup, "verify": verify, "doctor": doctor},
     "bench": bench,
+    "eval": eval,
     "prepare": prepare,
     "train": train,
 }

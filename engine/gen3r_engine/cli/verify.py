@@ -3,9 +3,12 @@
 gen3r-engine verify --pretrained_model_name_or_path checkpoints/gen3r --preset fp8
 gen3r-engine verify --preset fp8 --frame_path photo.jpg --prompts "a stone arena" --steps 20
 gen3r-engine verify --json verify.json                       # the embedded model
+gen3r-engine verify --preset fp8 --yardstick --scenes 8      # and its quality on held-out scenes
 
 Both make the same scene from the same noise, one after the other. Printed are the latents' error
 after each step, PSNR of the video, error of depth, angles between the cameras, and a verdict.
+--yardstick adds scenes whose truth is known, rendered at the model's size: the preset against the
+exact one, both against the truth, and exact with another seed to compare with; no verdict on it.
 Exit code 0: within the limits that are printed with it; 1: not.
 """
 
@@ -14,22 +17,24 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gen3r.folders import check_writable
 from gen3r_engine.cli.errors import UsageError, user_input
 from gen3r_engine.cli.model import add_model_arguments, engine_config, model_defaults
-from gen3r_engine.cli.progress import note
+from gen3r_engine.cli.progress import StageProgress, note
 from gen3r_engine.cli.requests import parse_size, read_plans
 
 if TYPE_CHECKING:
     import numpy as np
 
     from gen3r.scene import SceneRequest
+    from gen3r_engine.config import EngineConfig
     from gen3r_engine.verify import Verification
 
 HELP = "compare a preset with the plain pipeline on your checkpoint"
 SHOWN = 8  # steps of the curve that are printed
+SCENES = 4  # of the yardstick
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=int, help="frames, 4k + 1; default: the model's (49)")
     add("--size", metavar="N|HxW", help="pixels, multiples of 56; default: the model's (560)")
     add("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    add("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
+    add("--guidance", type=float, help="guidance scale; default: the model's (5)")
     add("--seed", type=int, default=42, help="seed of the noise (default: 42)")
     add(
         "--reference_dtype",
         choices=("bfloat16", "float32"),
         help="of the plain pipeline (default: the preset's; float32 takes ten times as long)",
     )
+    add("--yardstick", action="store_true", help="measure quality on held-out scenes too")
+    add("--scenes", type=int, help="held-out scenes of --yardstick (default: 4)")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     add_model_arguments(parser)
 
@@ -57,8 +64,9 @@ def main(args: argparse.Namespace) -> int:
     """Run both, print the comparison; 0 when the preset holds, else 1."""
     if args.steps < 1:
         raise UsageError(f"--steps {args.steps} is below 1; use 1 or more")
-    if not 0 <= args.guidance < float("inf"):
+    if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise UsageError(f"--guidance {args.guidance} is out of range; use 5 (1 turns it off)")
+    _check_yardstick(args)
     if args.json is not None:  # known before minutes are spent
         with user_input(f"--json {args.json} can not be written", (OSError,)):
             check_writable(args.json.parent)
@@ -83,11 +91,51 @@ def main(args: argparse.Namespace) -> int:
             )
     except OutOfMemory as error:
         raise UsageError(str(error), code=1) from error
-    print(report(found))
+    print(report(found), flush=True)
+    values = found.to_dict()
+    if args.yardstick:
+        values["yardstick"] = _yardstick(args, config)
     if args.json is not None:
         with user_input(f"--json {args.json} can not be written", (OSError,)):
-            args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+            args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     return 0 if found.passed else 1
+
+
+def _check_yardstick(args: argparse.Namespace) -> None:
+    if args.scenes is not None and not args.yardstick:
+        raise UsageError("--scenes belongs to --yardstick; give both or leave it out")
+    if args.scenes is not None and args.scenes < 1:
+        raise UsageError(f"--scenes {args.scenes} is below 1; use 1 or more")
+    sides = parse_size(args.size)
+    if args.yardstick and sides is not None and sides[0] != sides[1]:
+        raise UsageError(f"--size {args.size}: held-out scenes are square; use --size {sides[0]}")
+
+
+def _yardstick(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
+    """Measure and print the quality on held-out scenes; returns it as JSON values."""
+    import torch
+
+    from gen3r_engine.evaluation.preset_quality import held_out_quality
+    from gen3r_engine.evaluation.yardstick_report import markdown
+    from gen3r_engine.memory import OutOfMemory
+
+    sides = parse_size(args.size)
+    try:
+        with user_input(), StageProgress() as progress:
+            found = held_out_quality(
+                args.pretrained_model_name_or_path,
+                config,
+                scenes=SCENES if args.scenes is None else args.scenes,
+                frames=args.frames,
+                size=None if sides is None else sides[0],
+                steps=args.steps,
+                guidance=args.guidance,
+                told=progress,
+            )
+    except (OutOfMemory, torch.cuda.OutOfMemoryError) as error:
+        raise UsageError(f"--yardstick: {error}", code=1) from error
+    print("\nyardstick:", markdown(found), flush=True)
+    return found.to_dict()
 
 
 def _request(args: argparse.Namespace) -> SceneRequest:
