@@ -98,7 +98,10 @@ setup(
     package_dir={
         name: name if folder == "." else f"{folder}/{name}" for name, folder in FLOORS.items()
     },
-    package_data={"": ["py.typed", "*.json", "*.txt", "*.safetensors", "*.html", "*.js"]},
+    package_data={
+        "": ["py.typed", "*.json", "*.txt", "*.safetensors", "*.html", "*.js"],
+        "gen3r": ["embedded/*.json", "embedded/*/*"],
+    },
     ext_modules=[
         Extension("gen3r_engine._C", SOURCES, depends=HEADERS, language="c++", optional=True)
     ],

@@ -22,7 +22,7 @@ from benchmarks.harness import Measurement, library_versions, write_rows
 from benchmarks.sparse_checkpoint import write_sparse_checkpoint
 from gen3r.checkpoint import inspect_checkpoint
 from gen3r.config import GEN3R
-from gen3r.nano import NANO
+from gen3r.nano import ARCHITECTURE
 from gen3r.pipeline import Gen3RPipeline
 
 
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.checkpoint or Path(scratch) / "checkpoint"
         if options.checkpoint is None:
-            write_sparse_checkpoint(folder, GEN3R if options.preset == "gen3r" else NANO)
+            config = GEN3R if options.preset == "gen3r" else ARCHITECTURE
+            write_sparse_checkpoint(folder, config)
         rows = measure(folder, options.device, "given" if options.checkpoint else "sparse")
     for row in rows:
         print(f"{row.case:<18} {row.metric:<8} {row.samples[0]:>12,.1f} {row.unit}")

@@ -31,14 +31,15 @@ from benchmarks.harness import (
 from benchmarks.timing import dtype_name, shape_name
 from gen3r.components import COMPONENTS
 from gen3r.config import GEN3R, Gen3RConfig
-from gen3r.nano import NANO, build_tokenizer, random_modules
+from gen3r.nano import ARCHITECTURE, random_modules
+from gen3r.nano_tokenizer import build_tokenizer
 from gen3r.pipeline import STAGES, Gen3RPipeline
 from gen3r.scene import TASKS, Scene, SceneRequest
 from gen3r.schedulers import make_euler_scheduler
 from gen3r_kernels import Backends
 from gen3r_kernels.backends import OPERATOR_MODES
 
-PRESETS = {"gen3r": GEN3R, "nano": NANO}
+PRESETS = {"gen3r": GEN3R, "nano": ARCHITECTURE}
 
 
 def build(

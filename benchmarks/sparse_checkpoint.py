@@ -17,7 +17,7 @@ from pathlib import Path
 from gen3r.checkpoint_save import config_json, write_json
 from gen3r.components import COMPONENTS
 from gen3r.config import GEN3R, Gen3RConfig
-from gen3r.nano import build_tokenizer
+from gen3r.nano_tokenizer import build_tokenizer
 from gen3r.schedulers import make_euler_scheduler
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4}

@@ -1,7 +1,8 @@
 """NANO: the same six components at a size that runs on a laptop, with its own tokenizer.
 
-112 x 112 pixels, 17 frames, under 12 M parameters. The weights are seeded and untrained: results
-have the right form and no meaning. Building is deterministic for one version of torch.
+112 x 112 pixels, 17 frames, 8 M parameters: a checkpoint folder in the published layout that comes
+with the package (`EMBEDDED`, float16). ``training/recipes/nano.sh`` made it from nothing, on
+procedural scenes; what it was trained on and how well it does is told in docs/quality.md.
 
     python -m gen3r.nano DIR    # write the folder; Gen3RPipeline.from_pretrained(DIR) loads it
 """
@@ -9,12 +10,12 @@ have the right form and no meaning. Building is deterministic for one version of
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
+from gen3r.checkpoint import pipeline_config
 from gen3r.components import COMPONENTS
 from gen3r.config import (
     AppearanceVAEConfig,
@@ -25,81 +26,65 @@ from gen3r.config import (
     TransformerConfig,
     VGGTConfig,
 )
+from gen3r.nano_tokenizer import VOCABULARY, build_tokenizer
 from gen3r.pipeline import Gen3RPipeline
 from gen3r.schedulers import make_euler_scheduler
 from gen3r_kernels import Backends
 
 SEED = 2601
-VOCABULARY = 1024
+EMBEDDED = Path(__file__).with_name("embedded")  # the checkpoint folder of the package
+_MEAN, _STD = (0.0,) * 16, (1.0,) * 16  # of latents that are not measured yet
 
-NANO = Gen3RConfig(
+# What training begins with: sizes, and latents as they are.
+ARCHITECTURE = Gen3RConfig(
     transformer=TransformerConfig(
         text_len=64,
-        dim=192,
-        ffn_dim=768,
+        dim=128,
+        ffn_dim=384,
         freq_dim=64,
-        text_dim=96,
-        num_heads=4,
-        num_layers=6,
-        clip_dim=96,
+        text_dim=64,
+        num_heads=1,  # of 128 channels, as the kernels of the 8-bit presets take them
+        num_layers=8,
+        clip_dim=64,
     ),
-    wan_vae=AppearanceVAEConfig(dim=12),
-    geo_adapter=GeometryAdapterConfig(hidden_dim=16, input_dim=320, output_dim=320),
+    wan_vae=AppearanceVAEConfig(
+        dim=24, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latents_mean=_MEAN, latents_std=_STD
+    ),
+    geo_adapter=GeometryAdapterConfig(
+        hidden_dim=16,
+        input_dim=800,
+        output_dim=800,
+        resample_scale=25,
+        dim_mult=(2, 2, 2, 2),
+        num_res_blocks=1,
+        latents_mean=_MEAN,
+        latents_std=_STD,
+    ),
     vggt=VGGTConfig(
         img_size=112,
-        embed_dim=32,
+        embed_dim=80,
         depth=4,
-        num_heads=4,
-        vit_depth=2,
-        vit_num_heads=4,
-        trunk_depth=2,
-        camera_num_heads=4,
+        num_heads=5,
+        vit_depth=1,
+        vit_num_heads=5,
+        trunk_depth=1,
+        camera_num_heads=5,
         features=32,
-        out_channels=(16, 24, 32, 32),
+        out_channels=(16, 32, 32, 32),
         intermediate_layer_idx=(0, 1, 2, 3),
     ),
     text_encoder=TextEncoderConfig(
-        vocab=VOCABULARY, dim=96, dim_attn=96, dim_ffn=192, num_heads=4, num_layers=2
+        vocab=VOCABULARY, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2
     ),
     clip_image_encoder=ImageEncoderConfig(
-        image_size=112, vision_dim=96, vision_heads=4, vision_layers=3
+        image_size=112, vision_dim=64, vision_heads=4, vision_layers=2
     ),
     num_frames=17,
     size=112,
+    guidance_scale=2.0,
 )
 
-# The tokenizer is trained on these captions; any other text falls back to bytes.
-_CORPUS = """
-a red brick room with two columns and a blue sphere
-a courtyard of white stone with four arches under a sunny sky
-a small bedroom with a wooden floor, a green bed and a large window
-an old stone arena with many arches and a yellow box in the middle
-a dark corridor with a low ceiling, tall cylinders and a checkered floor
-the camera moves forward through a bright hall with marble walls
-a garden with a round table, a purple cylinder and grey tiles
-an empty gallery with orange walls, a black cube and soft light from the left
-bad detailed, blurry, low quality
-"""
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that appends ``</s>``, as umt5's does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_CORPUS.strip().splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+NANO = pipeline_config(EMBEDDED)
 
 
 def random_modules(
@@ -140,28 +125,37 @@ def build_nano(
     device: str | torch.device = "cpu",
     backends: Backends | None = None,
 ) -> Gen3RPipeline:
-    """The embedded model as a pipeline. Weights are made on the CPU: the same on every device."""
-    modules = random_modules(NANO, backends or Backends(), torch.float32, "cpu")
-    pipeline = Gen3RPipeline(
-        config=NANO,
+    """The embedded model as a pipeline."""
+    return Gen3RPipeline.from_pretrained(
+        EMBEDDED, torch_dtype=torch_dtype, device=device, backends=backends
+    )
+
+
+def build_untrained(seed: int = SEED, backends: Backends | None = None) -> Gen3RPipeline:
+    """What training begins with: seeded random weights in float32 on the CPU.
+
+    Results have the right form and no meaning. Deterministic for one version of torch.
+    """
+    modules = random_modules(ARCHITECTURE, backends or Backends(), torch.float32, "cpu", seed)
+    return Gen3RPipeline(
+        config=ARCHITECTURE,
         **modules,
         tokenizer=build_tokenizer(),
         scheduler=make_euler_scheduler(),
         untrained=True,
     )
-    return pipeline.to(device, torch_dtype)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the embedded model as a checkpoint folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", help="folder to make")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     arguments = parser.parse_args(argv)
     pipeline = build_nano(getattr(torch, arguments.dtype))
     pipeline.save_pretrained(arguments.directory)
     count = sum(p.numel() for n in COMPONENTS for p in getattr(pipeline, n).parameters())
-    print(f"{arguments.directory}: {count / 1e6:.2f} M parameters, seeded and untrained")
+    print(f"{arguments.directory}: {count / 1e6:.2f} M parameters")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ from benchmarks.harness import (
 )
 from benchmarks.timing import Ceiling, shape_name
 from gen3r.config import GEN3R, Gen3RConfig
-from gen3r.nano import NANO
+from gen3r.nano import ARCHITECTURE
 from gen3r_engine.config import EngineConfig
 from gen3r_engine.presets import PresetChoice, resolve_here
 from gen3r_kernels import Backends
 
-MODELS = {"gen3r": GEN3R, "nano": NANO}
+MODELS = {"gen3r": GEN3R, "nano": ARCHITECTURE}
 # As upstream computes: separate PyTorch operators, PyTorch's own attention.
 EAGER = Backends(operators="reference", attention="sdpa")
 GUIDANCE = 5.0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.engine.inputs import make_inputs
 from benchmarks.weights import build_transformer, fill_transformer, fingerprint
 from gen3r.config import TransformerConfig
-from gen3r.nano import NANO
+from gen3r.nano import ARCHITECTURE
 from gen3r.transformer import WanTransformer
 from gen3r_kernels import Backends
 
@@ -26,7 +26,7 @@ DEEP = TransformerConfig(
     num_layers=30,
     clip_dim=64,
 )
-CONFIGS = {"nano": NANO.transformer, "deep": DEEP}
+CONFIGS = {"nano": ARCHITECTURE.transformer, "deep": DEEP}
 
 
 def build(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> WanTransformer:
@@ -95,7 +95,7 @@ def test_attention_is_sharp_but_looks_at_more_than_one_token() -> None:
 
 
 def test_the_same_values_in_both_dtypes_and_other_ones_for_another_seed() -> None:
-    single, half = build(NANO.transformer), build(NANO.transformer, torch.bfloat16)
+    single, half = build(ARCHITECTURE.transformer), build(ARCHITECTURE.transformer, torch.bfloat16)
     assert fingerprint(single) == fingerprint(half)
     for one, other in zip(single.parameters(), half.parameters(), strict=True):
         assert torch.equal(one, other.float())
@@ -104,7 +104,7 @@ def test_the_same_values_in_both_dtypes_and_other_ones_for_another_seed() -> Non
 
 
 def test_inputs_do_not_depend_on_the_dtype() -> None:
-    single, half = build(NANO.transformer), build(NANO.transformer, torch.bfloat16)
+    single, half = build(ARCHITECTURE.transformer), build(ARCHITECTURE.transformer, torch.bfloat16)
     a, b = make_inputs(single, 5, 56, scenes=2), make_inputs(half, 5, 56, scenes=2)
     assert torch.equal(a.noise, b.noise) and a.noise.shape == (2, 16, 2, 8, 16)
     assert torch.equal(a.conditions.control, b.conditions.control.float())

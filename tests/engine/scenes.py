@@ -82,5 +82,7 @@ class MadeEngine:
                 raise self.raises
             on_event(Event("progress", index, "denoise", 2, 2))
             scene = made_scene(request.num_frames, request.height, request.width, request.seed)
-            scene.info.update(index=index, batch=1)
+            guidance = settings["guidance"]
+            used = self.pipeline.config.guidance_scale if guidance is None else guidance
+            scene.info.update(index=index, batch=1, guidance_scale=used)
             yield scene

@@ -30,15 +30,25 @@ def test_one_photo(here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture
     (request,) = engine.requests
     assert (request.task, request.prompt, request.cameras) == ("1view", "a room", "zoom_in")
     assert (request.num_frames, request.height, request.width, request.seed) == (5, 56, 56, 42)
-    assert engine.calls == [{"steps": 50, "guidance": 5.0, "fusion": None}]
+    assert engine.calls == [{"steps": 50, "guidance": None, "fusion": None}]
     shown = capsys.readouterr()
     (folder,) = (here / "outputs" / "1view").iterdir()
     assert f"outputs/1view/{folder.name}" in shown.out
     assert "denoise" in shown.out
-    assert shown.err.splitlines()[0].startswith("note: the embedded model's weights are untrained")
+    assert shown.err.splitlines()[0].startswith("note: the model's weights are untrained")
     saved = record()
-    assert saved["config"]["model"] == "embedded"
+    assert (saved["config"]["model"], saved["config"]["untrained"]) == ("embedded", True)
+    assert saved["config"]["guidance_scale"] == 5.0, "the model's own"
     assert saved["request"]["views"] == ["a.png"]
+
+
+def test_trained_weights_need_no_note(
+    here: Path, engine: MadeEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.pipeline.untrained = False
+    assert run("--frame_path", "a.png") == 0
+    assert "untrained" not in capsys.readouterr().err
+    assert record()["config"]["untrained"] is False
 
 
 def test_flags_reach_the_model(here: Path, engine: MadeEngine) -> None:
@@ -58,6 +68,7 @@ def test_flags_reach_the_model(here: Path, engine: MadeEngine) -> None:
     config = engine.config
     assert (config.dtype, config.device, config.attention) == ("bfloat16", "cpu", "reference")
     saved = record(here / "results" / "x")
+    assert saved["config"]["guidance_scale"] == 3.5
     assert saved["config"]["fusion"]["far_percentile"] == 80
     assert saved["config"]["fusion"]["voxel_size"] == 0.003
     assert saved["config"]["outputs"] == ["points", "cameras"]

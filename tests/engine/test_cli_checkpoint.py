@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gen3r.nano import build_nano
+from gen3r.nano import build_untrained
 from gen3r_engine.cli import main
 from tests.conftest import REPOSITORY
 
@@ -21,9 +21,9 @@ SMALL = ["--frame_path", PHOTO, "--frames", "5", "--size", "112", "--steps", "2"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, saved in the published layout."""
+    """An untrained model of the embedded one's sizes, saved in the published layout."""
     folder = tmp_path_factory.mktemp("saved") / "model"
-    build_nano(torch.bfloat16).save_pretrained(folder)
+    build_untrained().save_pretrained(folder)
     return folder
 
 
@@ -104,7 +104,7 @@ def test_saved_model_makes_a_scene(
 ) -> None:
     flags = ["--pretrained_model_name_or_path", str(saved), "--output_dir", str(tmp_path / "out")]
     assert main(["run", *SMALL, *flags, "--outputs", "rgb,depth,cameras,npz"]) == 0
-    assert "untrained" in capsys.readouterr().err
+    assert "note: the model's weights are untrained" in capsys.readouterr().err
     (path,) = tmp_path.glob("out/1view/*/run.json")
     assert json.loads(path.read_text())["config"]["model"] == str(saved)
     assert (path.parent / "scene.npz").is_file()

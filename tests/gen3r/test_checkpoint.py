@@ -15,7 +15,7 @@ from benchmarks.sparse_checkpoint import write_sparse_checkpoint
 from gen3r.checkpoint import CheckpointError, inspect_checkpoint, resolve_checkpoint
 from gen3r.components import COMPONENTS
 from gen3r.config import GEN3R
-from gen3r.nano import build_nano
+from gen3r.nano import ARCHITECTURE, build_nano, build_untrained
 from gen3r.pipeline import Gen3RPipeline
 from gen3r.scene import SceneRequest
 from tests.manifest import manifest_shapes
@@ -24,7 +24,7 @@ from tests.manifest import manifest_shapes
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "nano"
-    build_nano().save_pretrained(folder)
+    build_untrained().save_pretrained(folder)
     return folder
 
 
@@ -55,9 +55,9 @@ def problems(folder: Path) -> str:
 
 
 def test_save_load_run_round_trip(saved: Path) -> None:
-    original = build_nano()
+    original = build_untrained()
     loaded = Gen3RPipeline.from_pretrained(saved, torch_dtype=torch.float32)
-    assert loaded.config == original.config and loaded.untrained
+    assert loaded.config == original.config == ARCHITECTURE and loaded.untrained
     assert loaded.tokenizer("a red room").input_ids == original.tokenizer("a red room").input_ids
     for name in COMPONENTS:
         expected = getattr(original, name).state_dict()
@@ -155,7 +155,7 @@ def test_pickles_are_refused_unless_allowed(copy: Path) -> None:
     path.unlink()
     assert "only pickle files" in problems(copy)
     loaded = Gen3RPipeline.from_pretrained(copy, torch_dtype=torch.float32, allow_pickle=True)
-    expected = build_nano().wan_vae.state_dict()
+    expected = build_untrained().wan_vae.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in loaded.wan_vae.state_dict().items())
 
 

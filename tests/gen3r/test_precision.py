@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import gen3r.transformer_blocks as blocks_module
+from benchmarks.weights import build_transformer
 from gen3r.config import TransformerConfig
-from gen3r.nano import NANO, build_nano
+from gen3r.nano import ARCHITECTURE
 from gen3r.precision import (
     FP8,
     LAYERS,
@@ -34,12 +36,15 @@ from gen3r_kernels import (
     rms_norm_rope_reference,
 )
 
+SIZES = ARCHITECTURE.transformer
+LAST = SIZES.num_layers - 1
 SHAPE = (16, 2, 8, 16)  # 5 frames of 64 x 64 pixels: 64 tokens
 
 
 @pytest.fixture(scope="module")
 def plain() -> WanTransformer:
-    return build_nano().transformer
+    """Seeded weights like a trained model's: sharp attention, a stream that grows, outliers."""
+    return build_transformer(SIZES, torch.float32, "cpu", Backends())
 
 
 def conditions(model: WanTransformer, rows: int = 2) -> Conditions:
@@ -51,8 +56,8 @@ def conditions(model: WanTransformer, rows: int = 2) -> Conditions:
     frames, height, width = SHAPE[1:]
     with torch.no_grad():
         return model.condition(
-            [normal(3 + 4 * i, 96) for i in range(rows)],
-            normal(rows, 17, 96),
+            [normal(3 + 4 * i, model.config.text_dim) for i in range(rows)],
+            normal(rows, 17, model.config.clip_dim),
             normal(1, 20, frames, height, width).repeat(rows, 1, 1, 1, 1),
             normal(1, 24, frames, 8 * height, 8 * width).repeat(rows, 1, 1, 1, 1),
         )
@@ -78,15 +83,17 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 # e4m3 rounds to 3 bits: 2.45 % of a normally distributed number (root mean square), in weights and
-# rows 3.5 % of a product; the residual stream damps six products a block. int8 scores: 1.1 % of
-# attention's output. Measured on the embedded model in the order of the list.
+# rows 3.5 % of a product, 5 % of a branch's two in a row; later blocks, which meet changed rows,
+# enlarge it. int8 scores: 1.1 % of attention's output, a third of what is added to the stream.
+# Measured with three seeds of these weights: int8 0.3 to 0.7 %, fp8 2.8 to 5.4 %; with freshly
+# initialised weights, where attention is a plain mean, 0.01 % and 2.3 %.
 @pytest.mark.parametrize(
     ("precision", "limit"),
     [
-        (Precision(scores="int8"), 0.001),
-        (Precision(linears="fp8", fused_ffn=False), 0.04),
-        (Precision(linears="fp8"), 0.04),
-        (FP8, 0.04),
+        (Precision(scores="int8"), 0.01),
+        (Precision(linears="fp8", fused_ffn=False), 0.07),
+        (Precision(linears="fp8"), 0.07),
+        (FP8, 0.07),
     ],
 )
 def test_error_of_a_step(plain: WanTransformer, precision: Precision, limit: float) -> None:
@@ -108,7 +115,7 @@ def test_bf16_is_not_further_from_float32_than_rounding(plain: WanTransformer) -
 
 def test_nothing_asked_changes_nothing(plain: WanTransformer) -> None:
     assert torch.equal(velocity(changed(plain, Precision())), velocity(plain))
-    everything = Precision("fp8", "int8", keep_blocks=tuple(range(6)))
+    everything = Precision("fp8", "int8", keep_blocks=tuple(range(SIZES.num_layers)))
     assert torch.equal(velocity(changed(plain, everything)), velocity(plain))
     assert torch.equal(
         velocity(changed(plain, Precision("fp8", "int8", keep_layers=LAYERS))), velocity(plain)
@@ -122,15 +129,15 @@ def test_one_scene_for_both_answers(plain: WanTransformer) -> None:
     latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         both = model(latents.repeat(2, 1, 1, 1, 1), torch.tensor([700.0, 700.0]), given)
-    # Sums differ in order, which tips single 8-bit roundings and all that follows from them: 0.4 %
-    # of 1.9 % measured.
+    # Sums differ in order, which tips single 8-bit roundings and all that follows from them: 0.02
+    # to 1.2 % of 2.9 to 5.4 % measured with three seeds.
     assert error(velocity(model), both) < error(velocity(model), velocity(plain)) / 2
 
 
 def test_kept_parts_stay(plain: WanTransformer) -> None:
     model = changed(plain, Precision("fp8", "int8", (0, -1), ("cross_attn.o", "ffn.2")))
     for i, block in enumerate(model.typed_blocks):
-        kept = i in (0, 5)
+        kept = i in (0, LAST)
         assert block.self_attn.int8_scores is not kept
         assert (block.self_attn.qkv is None) is kept
         assert isinstance(block.cross_attn.o, nn.Linear) and isinstance(block.ffn[2], nn.Linear)
@@ -164,12 +171,12 @@ def test_norms_write_8_bits_themselves(
     model = changed(plain, Precision("fp8", "int8", fused_ffn=fused))
     monkeypatch.setattr(blocks_module, "quantize", count)
     velocity(model)
-    assert len(calls) == expected * NANO.transformer.num_layers
+    assert len(calls) == expected * SIZES.num_layers
 
 
 def test_q_k_and_v_in_one_product(plain: WanTransformer) -> None:
     own = plain.typed_blocks[1].self_attn
-    x = quantize(torch.randn(2, 9, 192))
+    x = quantize(torch.randn(2, 9, SIZES.dim))
     joint = QuantizedLinear.of(own.q, own.k, own.v)
     parts = [own.project(QuantizedLinear.of(layer), x) for layer in (own.q, own.k, own.v)]
     torch.testing.assert_close(own.project(joint, x), torch.cat(parts, -1))
@@ -273,8 +280,10 @@ def test_unknown_names(fields: dict[str, Any], message: str) -> None:
 
 
 def test_blocks_outside_the_model_and_a_second_time(plain: WanTransformer) -> None:
-    with pytest.raises(ValueError, match=r"keep_blocks \[6, -7\] are outside the 6 blocks"):
-        apply_precision(plain, Precision(keep_blocks=(6, 5, -6, -7)))
+    count = SIZES.num_layers
+    told = rf"keep_blocks \[{count}, -{count + 1}\] are outside the {count} blocks"
+    with pytest.raises(ValueError, match=told):
+        apply_precision(plain, Precision(keep_blocks=(count, LAST, -count, -count - 1)))
     for precision in (FP8, Precision(scores="int8")):
         with pytest.raises(ValueError, match="in 8 bits already"):
             apply_precision(changed(plain, precision), precision)
@@ -290,7 +299,12 @@ LINEAR, ALL = Precision(linears="fp8"), Precision(linears="fp8", scores="int8")
         ((8, 0), {}, LINEAR, r"need compute capability \(8, 9\) or more"),
         ((8, 9), {}, LINEAR, "use fused_ffn=False"),
         ((12, 0), {}, Precision("fp8", "int8", fused_ffn=False), "use scores='bf16'"),
-        ((9, 0), {}, ALL, "heads of 128 channels, the model's have 48"),
+        (
+            (9, 0),
+            {"num_heads": 2},
+            ALL,
+            f"heads of 128 channels, the model's have {SIZES.dim // 2}",
+        ),
         ((9, 0), {"ffn_dim": 200}, LINEAR, "ffn_dim 200 is no multiple of 16"),
     ],
 )
@@ -302,8 +316,7 @@ def test_limits_of_a_gpu_are_told(
     message: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    values = NANO.transformer.to_dict() | {"num_layers": 1} | changes
-    config = TransformerConfig.from_dict(values)
+    config = replace(SIZES, **({"num_layers": 1} | changes))
     model = WanTransformer(config, Backends()).to(torch.bfloat16)
     names = set(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -316,7 +329,7 @@ def test_limits_of_a_gpu_are_told(
 
 def test_half_precision_other_than_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    model = WanTransformer(NANO.transformer, Backends()).to(torch.float16)
+    model = WanTransformer(replace(SIZES, num_layers=1), Backends()).to(torch.float16)
     with pytest.raises(ValueError, match=r"leave bfloat16, the model is in torch\.float16"):
         check_precision(model, LINEAR, CUDA)
     model.to(torch.bfloat16)
@@ -326,7 +339,7 @@ def test_half_precision_other_than_bfloat16(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_compiles_whole(plain: WanTransformer) -> None:
     """Without graph breaks; the kernels stand in it as operators of their own."""
-    model = changed(plain, Precision("fp8", "int8", keep_blocks=(1, 2, 3, 4)))
+    model = changed(plain, Precision("fp8", "int8", keep_blocks=tuple(range(1, LAST))))
     constants = model.prepare(conditions(model), scenes=1)
     inputs = torch.randn(1, *SHAPE), model.tables(torch.tensor([700.0])), constants
     torch._dynamo.reset()

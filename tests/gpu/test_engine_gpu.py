@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from gen3r.nano import build_nano
+from gen3r.nano import build_untrained
+from gen3r.pipeline import Gen3RPipeline
 from gen3r.scene import Scene, SceneRequest
 from gen3r_engine import Engine, EngineConfig
 from gen3r_engine.denoiser import Cancelled
@@ -31,10 +31,18 @@ def requests() -> list[SceneRequest]:
     ]
 
 
-@cache
-def expected() -> list[Scene]:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seeded weights, which hardly enlarge rounding: the bounds below are for them."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "nano"
+    build_untrained().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[Scene]:
     """What the plain pipeline makes of every request alone, in the same dtype on the same GPU."""
-    pipeline = build_nano(torch.bfloat16, "cuda")
+    pipeline = Gen3RPipeline.from_pretrained(model, torch_dtype=torch.bfloat16, device="cuda")
     return [pipeline(requests=[r], num_inference_steps=4)[0] for r in requests()]
 
 
@@ -48,12 +56,14 @@ def check_close(scenes: list[Scene], others: list[Scene], bound: float) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_scenes_are_the_pipelines(tmp_path: Path, compiled: bool, overlap: bool) -> None:
+def test_scenes_are_the_pipelines(
+    model: Path, expected: list[Scene], tmp_path: Path, compiled: bool, overlap: bool
+) -> None:
     config = EngineConfig(compiled=compiled, overlap=overlap, cache_dir=tmp_path)
-    engine = Engine.load(None, config)
+    engine = Engine.load(model, config)
     scenes = engine.generate(requests(), steps=4)
     # Compiled code rounds elsewhere; 2^-8 is one rounding of bf16.
-    check_close(scenes, expected(), 2**-6 if compiled else 2**-8)
+    check_close(scenes, expected, 2**-6 if compiled else 2**-8)
     captures = engine.denoiser.captures
     again = engine.generate(requests(), steps=4)
     check_close(again, scenes, 0.0)
@@ -62,14 +72,16 @@ def test_scenes_are_the_pipelines(tmp_path: Path, compiled: bool, overlap: bool)
 
 
 @pytest.mark.parametrize("tier", ["24gb", "12gb"])
-def test_tiers(tmp_path: Path, tier: str) -> None:
-    engine = Engine.load(None, EngineConfig(residency=tier, compiled=False, cache_dir=tmp_path))
-    check_close(engine.generate(requests(), steps=4), expected(), 2**-6)
+def test_tiers(model: Path, expected: list[Scene], tmp_path: Path, tier: str) -> None:
+    engine = Engine.load(model, EngineConfig(residency=tier, compiled=False, cache_dir=tmp_path))
+    check_close(engine.generate(requests(), steps=4), expected, 2**-6)
 
 
-def test_other_threads_may_use_the_gpu_meanwhile(tmp_path: Path) -> None:
+def test_other_threads_may_use_the_gpu_meanwhile(
+    model: Path, expected: list[Scene], tmp_path: Path
+) -> None:
     """Copies, allocations and synchronisation elsewhere disturb neither capture nor result."""
-    engine, stop = Engine.load(None, EngineConfig(compiled=False, cache_dir=tmp_path)), []
+    engine, stop = Engine.load(model, EngineConfig(compiled=False, cache_dir=tmp_path)), []
 
     def work() -> None:
         while not stop:
@@ -78,24 +90,24 @@ def test_other_threads_may_use_the_gpu_meanwhile(tmp_path: Path) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        check_close(engine.generate(requests(), steps=4), expected(), 2**-8)
+        check_close(engine.generate(requests(), steps=4), expected, 2**-8)
     finally:
         stop.append(1)
         thread.join()
 
 
-def test_cancel_and_go_on(tmp_path: Path) -> None:
-    engine = Engine.load(None, EngineConfig(compiled=False, cache_dir=tmp_path))
+def test_cancel_and_go_on(model: Path, expected: list[Scene], tmp_path: Path) -> None:
+    engine = Engine.load(model, EngineConfig(compiled=False, cache_dir=tmp_path))
     timer = threading.Timer(3.0, engine.cancel)
     timer.start()
     with pytest.raises(Cancelled):
         engine.generate(requests(), steps=20_000)
     timer.cancel()
-    check_close(engine.generate(requests(), steps=4), expected(), 2**-8)
+    check_close(engine.generate(requests(), steps=4), expected, 2**-8)
 
 
-def test_memory_returns(tmp_path: Path) -> None:
-    engine = Engine.load(None, EngineConfig(compiled=False, cache_dir=tmp_path))
+def test_memory_returns(model: Path, tmp_path: Path) -> None:
+    engine = Engine.load(model, EngineConfig(compiled=False, cache_dir=tmp_path))
     engine.generate(requests(), steps=2)
     used = torch.cuda.memory_allocated()
     for _ in range(3):

@@ -69,7 +69,7 @@ def test_bfloat16_points_the_same_way() -> None:
     exact = run(build_nano(torch.float32, "cuda"), output_type="latent")
     rough = run(build_nano(torch.bfloat16, "cuda"), output_type="latent")
     cosine = torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0)
-    assert cosine > 0.999
+    assert cosine > 0.9987  # 5 % apart, what `gen3r-engine verify` accepts of bfloat16
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gen3r.nano import build_nano
+from gen3r.nano import build_untrained
 from tests.training.scenes import write_data_root
 
 FRAMES, SIZE = 5, 56
@@ -21,12 +21,12 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model with autoencoders like trained ones.
+    """A small untrained model with autoencoders like trained ones.
 
     Their posteriors are narrow and their latents differ from place to place; those of the untrained
     ones are mostly noise, of which nothing can be learned.
     """
-    pipeline = build_nano()
+    pipeline = build_untrained()
     with torch.no_grad():
         for autoencoder in (pipeline.wan_vae, pipeline.geo_adapter):
             last, channels = autoencoder.model.conv1, autoencoder.latent_channels

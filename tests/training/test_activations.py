@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gen3r.nano import NANO
+from gen3r.nano import ARCHITECTURE
 from gen3r.transformer import RawConditions, WanTransformer
 from gen3r_kernels import Backends
 from gen3r_training.activations import checkpoint_blocks, recompute
 
 FRAMES, ROWS, COLUMNS = 2, 14, 28
+BLOCKS = ARCHITECTURE.transformer.num_layers
 
 
 def build() -> WanTransformer:
     torch.manual_seed(0)
-    model = WanTransformer(NANO.transformer, Backends())
+    model = WanTransformer(ARCHITECTURE.transformer, Backends())
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model
@@ -49,12 +50,12 @@ def test_modes() -> None:
     model = build()
     expected, plain = step(model)
     work = {}
-    for mode, kept in (("selective", 6), ("selective", 3), ("selective", 0), ("full", 0)):
+    for mode, kept in (("selective", BLOCKS), ("selective", 3), ("selective", 0), ("full", 0)):
         checkpoint_blocks(model, mode, kept)
         gradients, work[mode, kept] = step(model)
         for actual, wanted in zip(gradients, expected, strict=True):
             assert torch.equal(actual, wanted)
-    assert plain <= work["selective", 6] < work["selective", 3] < work["selective", 0]
+    assert plain <= work["selective", BLOCKS] < work["selective", 3] < work["selective", 0]
     assert work["selective", 0] <= work["full", 0]  # sdpa is not counted on a CPU
     checkpoint_blocks(model, "none")
     assert step(model)[1] == plain
@@ -70,7 +71,9 @@ def test_refusals() -> None:
     model = build()
     with pytest.raises(ValueError, match=r"'some' is unknown; known: none, selective, full"):
         checkpoint_blocks(model, "some")
-    with pytest.raises(ValueError, match="7 blocks to keep: the transformer has 6"):
-        checkpoint_blocks(model, "selective", 7)
+    with pytest.raises(
+        ValueError, match=f"{BLOCKS + 1} blocks to keep: the transformer has {BLOCKS}"
+    ):
+        checkpoint_blocks(model, "selective", BLOCKS + 1)
     with pytest.raises(ValueError, match="only with 'selective', not with 'full'"):
         checkpoint_blocks(model, "full", 1)

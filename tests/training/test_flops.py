@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gen3r.config import GEN3R
-from gen3r.nano import NANO
+from gen3r.nano import ARCHITECTURE
 from gen3r_training.flops import (
     adapter_flops,
     diffusion_flops,
@@ -27,7 +27,7 @@ def test_transformer() -> None:
 
 def test_adapter() -> None:
     """The adapter's backward is about twice its forward; frozen encoders have none."""
-    parts = (NANO.vggt, NANO.wan_vae, NANO.geo_adapter, 5, 112)
+    parts = (ARCHITECTURE.vggt, ARCHITECTURE.wan_vae, ARCHITECTURE.geo_adapter, 5, 112)
     encoding, step = encoding_flops(*parts), adapter_flops(*parts)
     assert 0 < encoding < step < 20 * encoding
 

@@ -21,9 +21,9 @@ from gen3r_training.stages.adapter_stage import AdapterPlan, loss_weights
 from tests.training.commands import losses, metrics, train
 
 STEPS = 10
-# Measured for seeds 42, 1 and 2: the first loss is 1.52 to 1.59, the mean of the last three 0.79 to
-# 0.85.
-BOUND = 1.0
+# Measured for seeds 42, 1 and 2: the first loss is 1.56 to 1.66, the mean of the last three 0.94 to
+# 0.96.
+BOUND = 1.1
 
 
 def flags(data_root: Path, pretrained: Path) -> list[str | Path]:
