@@ -58,8 +58,8 @@ def all_knobs(config: EngineConfig) -> list[Knob]:
     knobs = [Knob("another seed", "exact from other noise", noise=ANOTHER)]
     fp8: dict[str, Any] = {"preset": "fp8"}
     knobs.append(Knob("fp8", "8-bit products and scores", fp8, cuda=True))
-    # The kernel for 8-bit scores takes heads of 128 channels, which a small model has not: its row
-    # above says so. What remains are the products, and the whole preset with plain operators.
+    # The kernel for 8-bit scores takes heads of 128 channels alone: for a model with others its row
+    # says so, and what remains are the products, and the whole preset with plain operators.
     products = Precision(linears="fp8")
     knobs.append(Knob("fp8 products alone", "scores in bfloat16", precision=products, cuda=True))
     plain = {**fp8, "captured": False, "compiled": False}

@@ -123,5 +123,5 @@ def _geometry_figures(
             at_least=False,
             baselines=context.depth_baselines,
         ),
-        Figure(part, "pose AUC@30", "", auc, baselines=context.pose_baselines),
+        *context.pose_figures(part, "pose AUC@30", auc),
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gen3r_engine.engine import Engine
 from gen3r_engine.evaluation import held_out, measures
+from gen3r_engine.evaluation.figures import Figure
 from gen3r_engine.evaluation.sampling import Sampler
 from gen3r_training.procedural import Clips
 
@@ -67,6 +68,22 @@ class Context:
             "mean depth": measures.depth_errors(mean.expand_as(truth), truth),
             "constant": measures.depth_errors(constant.expand_as(truth), truth),
         }
+
+    def pose_figures(
+        self, part: str, name: str, auc: tuple[float, ...], bar: float | None = None
+    ) -> list[Figure]:
+        """The pose AUC of all scenes, then of the built-in moves and of the random paths apart."""
+        still = self.pose_baselines["identity"]
+        figures = [Figure(part, name, "", auc, bar, baselines=self.pose_baselines)]
+        for kind, of_kind in (("built-in moves", False), ("random paths", True)):
+            rows = [i for i, move in enumerate(self.clips.moves) if (move == "random") == of_kind]
+            values, baseline = tuple(auc[i] for i in rows), tuple(still[i] for i in rows)
+            if rows:
+                baselines, note = {"identity": baseline}, f"{len(rows)} scenes"
+                figures.append(
+                    Figure(part, f"{name}, {kind}", "", values, baselines=baselines, note=note)
+                )
+        return figures
 
     @cached_property
     def pose_baselines(self) -> dict[str, tuple[float, ...]]:

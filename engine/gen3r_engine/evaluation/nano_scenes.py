@@ -35,17 +35,14 @@ def allview_part(context: Context) -> list[Figure]:
         context.true_w2c,
         true_k,
     )
+    aucs = measures.pose_aucs(found.poses, context.true_w2c)
     return [
         Figure(
             *("allview", "depth AbsRel", ""),
             *(measures.depth_errors(found.depths, context.true_depth), DEPTH_BAR, False),
             baselines=context.depth_baselines,
         ),
-        Figure(
-            *("allview", "pose AUC@30", ""),
-            *(measures.pose_aucs(found.poses, context.true_w2c), ALLVIEW_AUC_BAR),
-            baselines=context.pose_baselines,
-        ),
+        *context.pose_figures("allview", "pose AUC@30", aucs, ALLVIEW_AUC_BAR),
         Figure("allview", "cloud accuracy", "scene units", accuracy, at_least=False),
         Figure("allview", "cloud completeness", "scene units", completeness, at_least=False),
         Figure(
@@ -81,10 +78,7 @@ def one_view_part(context: Context) -> list[Figure]:
     figures, _ = _against_first_frame(context, "1view", found.video, AFTER_FIRST)
     auc = measures.pose_aucs(found.poses, context.true_w2c)
     return [
-        Figure(
-            *("1view", "pose AUC@30 against the asked path", "", auc, ONE_VIEW_AUC_BAR),
-            baselines=context.pose_baselines,
-        ),
+        *context.pose_figures("1view", "pose AUC@30 against the asked path", auc, ONE_VIEW_AUC_BAR),
         *figures,
     ]
 
