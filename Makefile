@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard engine/csrc/*.cpp engine/csrc/*.h)
 
 demo: $(STAMP)
 	$(OPENMP) $(VENV)/bin/gen3r-engine run --frame_path examples/1view/photo.jpg \
-	  --prompts examples/1view/prompts.txt --cameras zoom_out --output_dir $(OUTPUTS)
+	  --prompts examples/1view/prompts.txt --cameras arc_left --output_dir $(OUTPUTS)
 
 # A process a core with one thread each; files stay whole, as some start processes of their own.
 test: $(STAMP)

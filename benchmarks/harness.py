@@ -34,8 +34,12 @@ UNITS = {
     "memory": ("GiB",),
     "energy": ("J",),
     "latent_error": ("1",),
+    "psnr": ("dB",),
+    "lpips": ("1",),
+    "abs_rel": ("1",),
+    "pose_auc": ("1",),
 }
-LOWER_IS_BETTER = frozenset({"time", "memory", "energy", "latent_error"})
+LOWER_IS_BETTER = frozenset({"time", "memory", "energy", "latent_error", "lpips", "abs_rel"})
 COMPILE: dict[str, Any] = {"phase": "compile"}  # the config of rows that hold compile time
 LIBRARIES = (
     "transformers",

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 HEADER = (
     *("case", "shape", "dtype", "provider", "time, ms (p20 to p80)", "rate", "of ceiling"),
     *("speed-up on eager", "error", "peak GiB", "energy, J", "first call, s"),
+    "quality (p20 to p80)",
 )
+QUALITY = ("psnr", "lpips", "abs_rel", "pose_auc")  # metrics of gen3r-engine eval
 MILLISECONDS = {"ms": 1.0, "s": 1000.0}
 MEMORY_BOUND = 50.0  # operations per byte; norms have at most 10, products hundreds
 # Ten colours and twelve markers: no two providers share both.
@@ -77,6 +79,7 @@ def _cells(line: Line, eager_seconds: float) -> list[str]:
         text = f"{middle:,.4g} ({low:,.4g} to {high:,.4g})"
     rates = [line.rows[m] for m in ("tflops", "gbps") if m in line.rows]
     shares = [f"{r['share_of_ceiling']:.0%}" for r in rates if r["share_of_ceiling"] is not None]
+    judged = [line.rows[metric] for metric in QUALITY if metric in line.rows]
     error = next(iter(line.rows.values()))["rel_error"]
     ratio = eager_seconds / line.seconds
     return [
@@ -89,7 +92,15 @@ def _cells(line: Line, eager_seconds: float) -> list[str]:
         value("memory"),
         value("energy"),
         value("compile"),
+        ", ".join(_spread(row) for row in judged),
     ]
+
+
+def _spread(row: Row) -> str:
+    """Median and percentiles, with the unit where there is one."""
+    low, middle, high = (f"{row[p]:.4g}" for p in ("p20", "p50", "p80"))
+    unit = "" if row["unit"] == "1" else f" {row['unit']}"
+    return f"{middle}{unit} ({low} to {high})"
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -19,9 +19,9 @@ from gen3r_engine.denoiser import Cancelled
 from gen3r_engine.events import Event, SceneError
 
 SMALL = {"num_frames": 5, "height": 56, "width": 56}
-# Relative: batched and single matrix products round differently. Measured: 3e-7 with random
-# weights, 8e-7 with trained decoders and a transformer of sharp attention (benchmarks/weights.py).
-FLOOR = 1e-5
+# Relative: batched and single matrix products round differently. Measured with the embedded
+# weights: 2.4e-5 of VGGT's confidence, which is an exponential, and less of all else.
+FLOOR = 1e-4
 
 
 @cache

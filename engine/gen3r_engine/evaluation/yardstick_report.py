@@ -82,8 +82,8 @@ def _cell(figure: Figure | None) -> str:
 def json_rows(found: Yardstick) -> list[dict[str, Any]]:
     """One row a figure and knob, with the keys of benchmarks/results; p20 to p80 over scenes.
 
-    `case` is the figure, `provider` the knob, `config` holds the mean, its interval, the bars'
-    scenes and the problem of a knob that could not be measured.
+    `case` is the figure, `provider` the knob, `config` holds the mean, its interval and the
+    scenes. A knob that could not be measured has no row; `markdown` says why.
     """
     rows = []
     for row in found.rows:
@@ -94,11 +94,10 @@ def json_rows(found: Yardstick) -> list[dict[str, Any]]:
                 metric, unit = METRICS[figure.name], figure.unit or "1"
                 rows.append(_row(found, row, case, metric, unit, figure.values, measured))
         if row.problem:
-            rows.append(_row(found, row, "scene", "problem", "", (), {"problem": row.problem}))
+            continue
         for stage, seconds in {**row.seconds, "scene": row.scene_seconds}.items():
-            if not row.problem:
-                case = stage.replace(" ", "_")
-                rows.append(_row(found, row, case, "time", "s", (seconds,), {}))
+            case = stage.replace(" ", "_")
+            rows.append(_row(found, row, case, "time", "s", (seconds,), {}))
     return rows
 
 
