@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gen3r.folders import check_writable
 from gen3r_engine.cli.errors import UsageError, user_input
@@ -121,8 +121,18 @@ def _load(args: argparse.Namespace) -> Engine:
     return load_engine(args.pretrained_model_name_or_path, engine_config(args))
 
 
-def _nano(args: argparse.Namespace) -> int:
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What both suites take: which scenes, and how they are made."""
     from gen3r_engine.evaluation.held_out import SEED
+
+    names = ("scenes", "frames", "size", "steps", "guidance", "solver", "batch")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "seed": SEED if args.seed is None else args.seed,
+    }
+
+
+def _nano(args: argparse.Namespace) -> int:
     from gen3r_engine.evaluation.nano import PARTS, NanoOptions, run_nano
     from gen3r_engine.evaluation.report import print_nano
     from gen3r_engine.evaluation.sheet import contact_sheet
@@ -131,17 +141,7 @@ def _nano(args: argparse.Namespace) -> int:
     if args.parts is not None:
         parts = tuple(part.strip() for part in args.parts.split(",") if part.strip())
     with user_input("--parts"):
-        options = NanoOptions(
-            scenes=args.scenes,
-            parts=parts,
-            frames=args.frames,
-            size=args.size,
-            steps=args.steps,
-            guidance=args.guidance,
-            solver=args.solver,
-            batch=args.batch,
-            seed=SEED if args.seed is None else args.seed,
-        )
+        options = NanoOptions(parts=parts, **_settings(args))
     engine = _load(args)
     with user_input(), StageProgress() as progress:
         result = run_nano(engine, options, progress, args.commit)
@@ -155,7 +155,6 @@ def _nano(args: argparse.Namespace) -> int:
 
 
 def _yardstick(args: argparse.Namespace) -> int:
-    from gen3r_engine.evaluation.held_out import SEED
     from gen3r_engine.evaluation.knobs import all_knobs, choose
     from gen3r_engine.evaluation.yardstick import YardstickOptions, run_yardstick
     from gen3r_engine.evaluation.yardstick_report import json_rows, markdown
@@ -169,16 +168,7 @@ def _yardstick(args: argparse.Namespace) -> int:
         knobs = [knob for knob in knobs if knob not in left_out]
     with user_input():
         options = YardstickOptions(
-            checkpoint=args.pretrained_model_name_or_path,
-            config=config,
-            scenes=args.scenes,
-            frames=args.frames,
-            size=args.size,
-            steps=args.steps,
-            guidance=args.guidance,
-            solver=args.solver,
-            batch=args.batch,
-            seed=SEED if args.seed is None else args.seed,
+            checkpoint=args.pretrained_model_name_or_path, config=config, **_settings(args)
         )
     with user_input(), StageProgress() as progress:
         found = run_yardstick(options, knobs, progress, args.commit)
