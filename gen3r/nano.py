@@ -150,10 +150,13 @@ def main(argv: list[str] | None = None) -> None:
     """Write the embedded model as a checkpoint folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", help="folder to make")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
     arguments = parser.parse_args(argv)
     pipeline = build_nano(getattr(torch, arguments.dtype))
-    pipeline.save_pretrained(arguments.directory)
+    try:
+        pipeline.save_pretrained(arguments.directory)
+    except OSError as error:
+        parser.error(str(error))
     count = sum(p.numel() for n in COMPONENTS for p in getattr(pipeline, n).parameters())
     print(f"{arguments.directory}: {count / 1e6:.2f} M parameters")
 

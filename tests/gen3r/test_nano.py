@@ -47,8 +47,11 @@ def test_untrained_weights_are_those_of_their_seed() -> None:
 def test_the_command_writes_a_folder_that_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([str(tmp_path / "nano"), "--dtype", "float16"])
+    main([str(tmp_path / "nano")])
     assert "M parameters" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # there is one already
+        main([str(tmp_path / "nano")])
+    assert "nano" in capsys.readouterr().err
     loaded = Gen3RPipeline.from_pretrained(tmp_path / "nano", torch_dtype=torch.float16)
     expected = build_nano(torch.float16)
     assert (loaded.config, loaded.untrained) == (NANO, expected.untrained)

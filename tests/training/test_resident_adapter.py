@@ -34,7 +34,8 @@ def objective() -> AdapterObjective:
 
 def test_the_loss_is_that_of_the_stage() -> None:
     pipeline = tiny_pipeline()
-    objective = AdapterObjective(pipeline, tiny_clips(2), tiny_clips(1), OPTIONS, disturbance=0.0)
+    objective = AdapterObjective(pipeline, tiny_clips(2), tiny_clips(1), OPTIONS)
+    objective.disturbance = 0.0
     objective.scale = torch.ones_like(objective.scale)
     batch = objective.draw(torch.Generator().manual_seed(3), 2)
     loss, logs = objective.loss(batch)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from gen3r.encoders import tokenize_and_encode
+from gen3r.scene import TASKS
 from gen3r.transformer import RawConditions
 from gen3r_training.data.encoding import ClipEncoders, encode_clip
 from gen3r_training.diffusion import (
@@ -26,7 +27,7 @@ from gen3r_training.resident.diffusion import (
     by_task,
     timestep_indices,
 )
-from gen3r_training.resident.latents import TASKS, encode_clips
+from gen3r_training.resident.latents import encode_clips
 from tests.training.resident_tiny import FRAMES, LATENTS, overfit, tiny_clips, tiny_pipeline
 
 OPTIONS = ResidentConfig(stage="diffusion", data=Path("data"), output=Path("out"), seed=1)
@@ -72,24 +73,13 @@ def test_texts_are_the_pipelines_and_end_in_zeros(objective: DiffusionObjective)
         assert not features[len(want) :].any()
 
 
-def test_a_variant_is_a_clip_with_its_own_first_camera(objective: DiffusionObjective) -> None:
-    found = encode_clips(objective.pipeline, TRAIN, variants=4)
-    count = len(TRAIN)
-    assert len(found) == 4 * count
-    first = found.c2w[:, 0]
-    torch.testing.assert_close(first, torch.eye(4).expand_as(first), rtol=0, atol=2e-4)
-    plain, mirror, back = (found.c2w[i * count : (i + 1) * count] for i in range(3))
+def test_a_mirror_image_is_a_clip_of_its_own(objective: DiffusionObjective) -> None:
+    found, count = objective.train.clips, len(TRAIN)
+    assert len(found) == 2 * count
+    plain, mirror = found.c2w[:count], found.c2w[count:]
     torch.testing.assert_close(mirror[..., 0, 3], -plain[..., 0, 3])
     torch.testing.assert_close(mirror[..., 1:3, 3], plain[..., 1:3, 3])
-    # Back again from its last camera: the way reversed, in another unit.
-    way = torch.linalg.inv(plain[:, -1:]) @ plain.flip(1)
-    unit = way[:, -1, :3, 3].norm(dim=-1) / back[:, -1, :3, 3].norm(dim=-1)
-    way[..., :3, 3] /= unit[:, None, None]
-    torch.testing.assert_close(back, way, rtol=1e-3, atol=1e-3)
-    distance = TRAIN.depth[:, -1].float().mean((1, 2))
-    assert (unit / distance).min() > 0.9  # of the last frame's points
-    with pytest.raises(ValueError, match="use 1, 2 or 4"):
-        encode_clips(objective.pipeline, TRAIN, variants=3)
+    assert torch.equal(objective.train.captions[:count], objective.train.captions[count:])
     with pytest.raises(ValueError, match="no clips"):
         encode_clips(objective.pipeline, TRAIN.take([]))
 
@@ -155,7 +145,7 @@ def test_a_task_that_is_missing_has_no_mean() -> None:
 
 
 def test_a_transformer_learns_and_is_evaluated() -> None:
-    objective = DiffusionObjective(tiny_pipeline(), TRAIN, HELD_OUT, OPTIONS, variants=1)
+    objective = DiffusionObjective(tiny_pipeline(), TRAIN, HELD_OUT, OPTIONS)
     losses = overfit(objective, 15, batch=6, rate=1e-2)
     assert losses[-1] < 0.7 * losses[0]
     found = objective.evaluate()
@@ -169,13 +159,3 @@ def test_a_transformer_learns_and_is_evaluated() -> None:
     still = HELD_OUT.rgb[:, :1].float() - HELD_OUT.rgb[:, 1:-1].float()
     error = (still / 255).square().flatten(1).mean(1)
     assert found["psnr_2view_first"] == pytest.approx((-10 * error.log10()).mean().item(), rel=1e-4)
-
-
-def test_the_geometry_half_can_weigh_more(batch: DiffusionBatch) -> None:
-    one = TRAIN.take([0])
-    objective = DiffusionObjective(
-        tiny_pipeline(), one, one, OPTIONS, variants=1, geometry_weight=3.0
-    )
-    loss, logs = objective.loss(batch)
-    weighted = (logs["appearance"] + 3 * logs["geometry"]) / 4
-    assert loss.item() == pytest.approx(cast(float, weighted.item()), rel=1e-5)

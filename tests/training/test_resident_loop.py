@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,19 @@ from gen3r.pipeline import Gen3RPipeline
 from gen3r_engine.cli import main
 from gen3r_training.procedural import save_clips
 from gen3r_training.resident.config import DEFAULTS, STAGES, ResidentConfig
-from gen3r_training.resident.loop import LOG, load_model, train_resident
+from gen3r_training.resident.loop import (
+    LOG,
+    _Run,
+    build_objective,
+    check_clips,
+    load_model,
+    stored_model,
+    train_resident,
+)
 from gen3r_training.resident.vae import VAEObjective
 from tests.training.resident_tiny import tiny_clips, tiny_pipeline
+
+FRAMED = ("rgb", "depth", "objects", "c2w")  # tensors of clips that have frames
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
+    replace(tiny_pipeline(), untrained=True).save_pretrained(folder)
     return folder
 
 
@@ -81,6 +93,54 @@ def test_the_log_follows_the_model_and_parts_are_taken(
     train_resident(second, str)
     kinds = [json.loads(line)["kind"] for line in (second.output / LOG).read_text().splitlines()]
     assert kinds.count("report") == 2
+
+
+def test_the_last_stage_takes_the_mark_untrained_away(
+    data: Path, model: Path, tmp_path: Path
+) -> None:
+    config = quick(data, model, tmp_path / "whole", stage="diffusion", steps=1)
+    train_resident(config, str)
+    assert Gen3RPipeline.from_pretrained(model).untrained
+    assert not Gen3RPipeline.from_pretrained(config.output).untrained
+
+
+def test_what_an_objective_freezes_stays(data: Path, model: Path) -> None:
+    config = options(data=data, model=model, stage="vggt", device="cpu")
+    device = torch.device("cpu")
+    pipeline = load_model(config, device)
+    run = _Run(build_objective(pipeline, config, device), pipeline, config, device, str)
+    names = {name for name, _ in pipeline.vggt.named_parameters()}
+    assert names - set(run.optimizer.masters()) == {"aggregator.patch_embed.mask_token"}
+
+
+def test_random_weights_are_those_of_the_seed() -> None:
+    first, again = (stored_model(options(seed=3), torch.float32) for _ in range(2))
+    for name, value in first.transformer.state_dict().items():
+        assert torch.equal(value, again.transformer.state_dict()[name]), name
+
+
+def test_an_evaluation_is_made_once_a_step(data: Path, model: Path, tmp_path: Path) -> None:
+    config = quick(data, model, tmp_path / "often", steps=1, evaluate_every=1, log_every=0)
+    train_resident(config, str)
+    kinds = [json.loads(line)["kind"] for line in (config.output / LOG).read_text().splitlines()]
+    assert kinds == ["evaluation", "report"]
+
+
+def test_clips_that_no_model_takes_are_told(tmp_path: Path, model: Path, capsys: Any) -> None:
+    clips = tiny_clips(1)
+    for name, wrong, told in (
+        ("long", replace(clips, **{n: getattr(clips, n)[:, :4] for n in FRAMED}), "4k + 1"),
+        ("wide", replace(clips, depth=clips.depth[..., :40, :40]), "40 x 40"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            check_clips(name, wrong)
+    save_clips(clips, tmp_path / "data", "train")
+    flags = ["--data", str(tmp_path / "data"), "--model", str(model), "--device", "cpu"]
+    assert main(["train", "resident", "vae", *flags, "--output", str(tmp_path / "out")]) == 2
+    assert "--held_out K" in capsys.readouterr().err
+    flags += ["--take", f"vggt={model}", "--take", f"vggt={model}"]
+    assert main(["train", "resident", "vae", *flags, "--output", str(tmp_path / "out")]) == 2
+    assert "given twice" in capsys.readouterr().err
 
 
 def test_minutes_end_a_run(data: Path, model: Path, tmp_path: Path) -> None:
@@ -137,7 +197,6 @@ def test_a_batch_of_the_vae(data: Path) -> None:
     assert batch.noise.shape == batch.disturbance.shape
     again = VAEObjective(tiny_pipeline(), clips, clips, options())
     assert torch.equal(batch.frames, again.draw(torch.Generator().manual_seed(1), 4).frames)
-    objective.module.requires_grad_(True)
     loss, logs = objective.loss(batch)
     loss.backward()
     missing = [n for n, p in objective.module.named_parameters() if p.grad is None]

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gen3r.cameras import decode_pose, encode_pose, to_homogeneous
+from gen3r.cameras import decode_pose, encode_pose, to_homogeneous, trajectory
 from gen3r.config import VGGTConfig
 from gen3r.pipeline import Gen3RPipeline
 from gen3r.vggt import VGGT
+from gen3r_engine.evaluation import geometry
 from gen3r_kernels import Backends
 from gen3r_training.procedural.clips import Clips
 from gen3r_training.resident.config import ResidentConfig
@@ -282,6 +283,18 @@ def test_metrics_of_known_errors() -> None:
     assert turned[0].tolist() == pytest.approx([10, 0, 10], abs=1e-2)
     # 10.5 degrees are below the 20 limits 11..30.
     assert pose_auc(torch.tensor([10.5]), torch.tensor([math.nan])) == pytest.approx(20 / 30)
+
+
+@pytest.mark.parametrize("predicted", ["zoom_out", "arc_left", "free", "translate_up"])
+def test_pose_figures_are_those_of_the_evaluation(predicted: str) -> None:
+    """`free` stands still: it has no direction, which counts as 90 degrees."""
+    k = torch.tensor([[20.0, 0, 14], [0, 20, 14], [0, 0, 1]]).repeat(1, 5, 1, 1)
+    paths = [torch.linalg.inv(trajectory(name, 5).double()) for name in (predicted, "zoom_in")]
+    turned, angle = pose_errors(*(encode_pose(w[None], k.double(), SIZE, SIZE) for w in paths))
+    rre, rte = geometry.relative_pose_errors(*(w.numpy() for w in paths))
+    assert turned[0].tolist() == pytest.approx(rre, abs=1e-4)
+    assert angle[0].tolist() == pytest.approx(rte, abs=1e-4, nan_ok=True)
+    assert pose_auc(turned[0], angle[0]) == pytest.approx(geometry.pose_auc(rre, rte))
 
 
 def test_every_trained_parameter_gets_a_gradient() -> None:

@@ -14,7 +14,7 @@ from gen3r_training.losses import (
     dense_loss,
     filter_by_quantile,
     linear_decay,
-    truncated_mse,
+    truncated_square,
 )
 
 
@@ -51,8 +51,8 @@ def test_quantile_filter_keeps_small_tensors() -> None:
     assert len(few) == 1200 and few.max() == 100
 
 
-def test_truncated_mse_ignores_what_is_too_far_but_counts_it() -> None:
-    assert truncated_mse(torch.tensor([2.0, 51.0]), torch.zeros(2)).item() == 2.0
+def test_truncated_square_ignores_what_is_too_far_but_counts_it() -> None:
+    assert truncated_square(torch.tensor([2.0, 51.0]), torch.zeros(2)).mean().item() == 2.0
 
 
 @pytest.mark.parametrize(

@@ -204,21 +204,12 @@ def gaussian_kl(
     return 0.5 * terms.sum(dim=(1, 2, 3, 4) if full else (1, 2, 3))
 
 
-def truncated_mse(
-    prediction: Tensor,  # any shape
-    target: Tensor,  # same
-    limit: float = 50.0,
-) -> Tensor:  # scalar
-    """Mean squared error in float32; entries with |error| > `limit` count 0 (but are counted)."""
-    return truncated_square(prediction, target, limit).mean()
-
-
 def truncated_square(
     prediction: Tensor,  # any shape
     target: Tensor,  # same
     limit: float = 50.0,
 ) -> Tensor:  # same, float32
-    """The terms of `truncated_mse`."""
+    """Squared error in float32; 0 where |error| > `limit`."""
     error = prediction.float() - target.float()
     return torch.where(error.abs() > limit, 0.0, error.square())
 

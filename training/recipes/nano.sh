@@ -4,8 +4,8 @@
 #   training/recipes/nano.sh OUTPUT      about 28 minutes of one H100 or H200, 8 GB in OUTPUT
 #
 # The autoencoders and VGGT are trained in two rounds, the second from the first's weights with a
-# lower rate. Each stage is a function of its seed, up to the order of sums on the GPU; a stage whose
-# folder is there is skipped, so that an interrupted run goes on where it ended. nano_log.jsonl is
+# lower rate. Each stage is a function of its seed, up to the order of sums on the GPU; clips
+# and stages that are there whole are kept, so that an interrupted run goes on where it ended. nano_log.jsonl is
 # the log of the run that made the embedded weights (docs/quality.md tells in what it differed). To
 # ship the result, put OUTPUT/diffusion in the place of gen3r/embedded.
 set -euo pipefail
@@ -19,7 +19,7 @@ train() { # folder, stage, then the flags of `train resident`
     --output "$out/$folder" "$@"
 }
 
-[ -d "$out/clips" ] || gen3r-engine prepare procedural "$out/clips" --form packed \
+gen3r-engine prepare procedural "$out/clips" --form packed \
   --scenes "$scenes" --held_out 64 --seed 2601
 
 train vae1 vae --steps 4000

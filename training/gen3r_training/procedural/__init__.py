@@ -1,7 +1,8 @@
 """Scenes that the project renders itself: rooms and courtyards with exact depth and cameras.
 
 `make_clips` renders clips, each a pure function of (seed, split, number); `save_clips` and
-`load_clips` keep them packed, `write_folders` in the layout of `gen3r_training.data`.
+`load_clips` keep them packed, `prepare.prepare_procedural` also writes `gen3r_training.data`'s
+layout.
 """
 
 from gen3r_training.procedural.captions import COLORS, Part, swap_color

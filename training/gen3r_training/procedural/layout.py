@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gen3r_training.procedural import table as t
 from gen3r_training.procedural.captions import Part, phrase, sentence
+from gen3r_training.procedural.clips import NO_OBJECT
 from gen3r_training.procedural.draws import Draws
 from gen3r_training.procedural.materials import (
     CEILINGS,
@@ -27,7 +28,6 @@ from gen3r_training.procedural.materials import (
 )
 
 Floats = NDArray[np.float64]
-NONE = 255
 CLEARANCE = 0.4  # metres between the axis of the view and what is tall
 _LIGHT_COLORS = ("white", "grey", "yellow", "orange", "green", "blue", "red", "purple", "brown")
 # Every colour occurs, those of real walls and floors more often; black ones show little.
@@ -57,7 +57,7 @@ class Layout:
     pitch: float
     fov: float
     rows: Floats = field(default_factory=lambda: _empty_rows())
-    owners: NDArray[np.uint8] = field(default_factory=lambda: np.full(t.ROWS, NONE, np.uint8))
+    owners: NDArray[np.uint8] = field(default_factory=lambda: np.full(t.ROWS, NO_OBJECT, np.uint8))
     light: Floats = field(default_factory=lambda: np.zeros(t.LIGHT_COLUMNS))
     parts: list[Part] = field(default_factory=list)
     phrases: list[str] = field(default_factory=list)
@@ -195,7 +195,7 @@ def _shell(layout: Layout) -> None:
     surface = {face: (part, side) for face in (t.LEFT, t.RIGHT, t.BACK, t.FRONT)}
     part = layout.add_part("floor", "floor", floor, floor_texture)
     surface[t.FLOOR] = (part, material(draws, floor, floor_texture))
-    surface[t.CEILING] = (NONE, side)
+    surface[t.CEILING] = (NO_OBJECT, side)
     if not layout.courtyard:
         color = "white" if draws.chance(0.6) else draws.pick(_LIGHT_COLORS)
         texture = draws.weighted(CEILINGS)

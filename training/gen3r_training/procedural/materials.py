@@ -31,7 +31,7 @@ def linear(value: float) -> float:
 
 
 def material(draws: Draws, color: str, texture: str, size: float = 1.0) -> list[float]:
-    """The table's columns from COLOR on: colours (linear), texture, period, phase, strength, gloss.
+    """The table's columns from COLOR on: colours (linear), texture, period, phase, strength.
 
     size : factor on the texture's period (small objects have small patterns)
     """
@@ -46,9 +46,11 @@ def material(draws: Draws, color: str, texture: str, size: float = 1.0) -> list[
     low, high = _PERIODS[texture]
     period = size * draws.uniform(low, high)
     strength = draws.uniform(*_STRENGTHS[texture])
-    gloss = draws.uniform(0.1, 0.3) if texture == "marble" or draws.chance(0.4) else 0.0
+    # Scenes are functions of the order of draws; these are of a gloss, which nothing shows.
+    if texture == "marble" or draws.chance(0.4):
+        draws.uniform(0.1, 0.3)
     kind = float(TEXTURES.index(texture))
-    return [*base, *second, kind, period, draws.uniform(0, 6.28), strength, gloss]
+    return [*base, *second, kind, period, draws.uniform(0, 6.28), strength]
 
 
 def word(texture: str) -> str:

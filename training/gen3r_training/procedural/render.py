@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gen3r_training.procedural import table as t
-from gen3r_training.procedural.layout import NONE
+from gen3r_training.procedural.clips import NO_OBJECT
 from gen3r_training.procedural.shade import shade, sky, to_srgb
 from gen3r_training.procedural.trace import Vector, first_hits
 
@@ -143,7 +143,7 @@ def _known(scenes: SceneTensors, distance: Tensor, row: Tensor) -> tuple[Tensor,
     frames = torch.arange(len(row), device=row.device)[:, None, None] * t.ROWS
     parts = scenes.owners.flatten()[frames + row.int()]
     open_ = scenes.courtyard[:, None, None] & (row == t.CEILING)
-    return torch.where(open_, 0.0, distance), torch.where(open_, NONE, parts)
+    return torch.where(open_, 0.0, distance), torch.where(open_, NO_OBJECT, parts)
 
 
 def _centers(like: Tensor) -> Tensor:  # [1, 2]

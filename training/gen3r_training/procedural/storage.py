@@ -139,7 +139,7 @@ def load_clips(
     if not paths:
         raise ValueError(
             f"{folder} has no {split}-00000.safetensors; make it with: "
-            f"gen3r-engine prepare procedural {folder} --scenes N"
+            f"gen3r-engine prepare procedural {folder} --scenes N --held_out K"
         )
     shards: list[Clips] = []
     left = limit

@@ -29,8 +29,8 @@ LEFT, RIGHT, CEILING, FLOOR, BACK, FRONT = range(FACES)
 # the height SPRING (a world y). A plane's outward side is its NORMAL (the same three columns).
 CENTER, HALF, COSINE, SINE, NORMAL, KIND = 0, 3, 6, 7, 8, 11
 HOLE, SPRING = NORMAL, NORMAL + 1
-COLOR, SECOND, TEXTURE, PERIOD, PHASE, STRENGTH, GLOSS = 12, 15, 18, 19, 20, 21, 22
-COLUMNS = 23
+COLOR, SECOND, TEXTURE, PERIOD, PHASE, STRENGTH = 12, 15, 18, 19, 20, 21
+COLUMNS = 22
 PLANE, BOX, SPHERE, CYLINDER, ARCH = range(5)
 
 # Lights: position of the lamp or direction to the sun, radius (of the lamp in metres, of the sun in

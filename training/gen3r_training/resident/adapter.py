@@ -43,7 +43,7 @@ WEIGHTS = AdapterLossConfig(
     recon=1.0, similarity=0.2, align_kl=0.01, align_scale=1.0, camera=50.0, depth=8.0, point=3.0
 )
 DISTURBANCE = 0.2  # deviations of the latents; of each clip between 0 and this
-MEASURED, EVALUATED, EVALUATED_AT_ONCE = 256, 64, 16  # clips
+MEASURED, EVALUATED_AT_ONCE = 256, 16  # clips
 LOGVAR = -6.0  # of an untrained adapter's draws: a twentieth of a latent of size 1
 UNTRAINED = 0.02  # an adapter whose round trip keeps less of the tokens writes about nothing
 LEAST_SCALE = 0.05  # of a block's: a channel that hardly varies is no reason to amplify it
@@ -68,16 +68,12 @@ class AdapterBatch:
 class AdapterObjective:
     """Trains the pipeline's geometry adapter on resident clips.
 
-    Parameters
-    ----------
-    weights : of the loss; None: `WEIGHTS`. disturbance : see `DISTURBANCE`.
+    disturbance : most that latents are disturbed by, see `DISTURBANCE`.
 
     Raises
     ------
     ValueError : no clips to train or to evaluate on.
     """
-
-    name = "adapter"
 
     def __init__(
         self,
@@ -85,8 +81,6 @@ class AdapterObjective:
         train: Clips,
         held_out: Clips,
         options: ResidentConfig,
-        weights: AdapterLossConfig | None = None,
-        disturbance: float = DISTURBANCE,
     ) -> None:
         for split, clips in (("train", train), ("held-out", held_out)):
             if len(clips) == 0:
@@ -97,8 +91,7 @@ class AdapterObjective:
         self.adapter: GeometryAdapter = pipeline.geo_adapter
         self.module: nn.Module = self.adapter
         self.components: dict[str, nn.Module] = {"geo_adapter": self.adapter}
-        self.weights = WEIGHTS if weights is None else weights
-        self.disturbance = disturbance
+        self.disturbance = DISTURBANCE
         clear_statistics(pipeline, "geo_adapter")
         mean, std = self._token_statistics()
         blocks = std.square().unflatten(0, (NUM_LISTS + 1, -1)).mean(1, keepdim=True).sqrt()
@@ -120,12 +113,19 @@ class AdapterObjective:
 
     @torch.no_grad()
     def _explained(self) -> float:
-        """Share of the tokens' squares, in units of `scale`, that survives the round trip."""
+        """Share of the tokens' squares, see `_squares`, that survives the round trip."""
         images = next(image_batches(self.train, EVALUATED_AT_ONCE, EVALUATED_AT_ONCE))
         tokens = vggt_token_maps(self.pipeline.vggt, images)
-        scale = self.scale.view(-1, 1, 1, 1)
-        error = ((self._round_trip(tokens).float() - tokens) / scale).square().mean()
-        return float(1 - error / (tokens / scale).square().mean())
+        error = self._squares(self._round_trip(tokens).float() - tokens)
+        return float(1 - error / self._squares(tokens))
+
+    def _squares(self, maps: Tensor) -> Tensor:  # [B, 10 C, F, h, w] to 0-d
+        """Mean square in units of `scale`; of camera tokens as they are read: meant over space."""
+        maps = maps / self.scale.view(-1, 1, 1, 1)
+        lists = maps.shape[1] * NUM_LISTS // (NUM_LISTS + 1)
+        image, camera = maps.tensor_split([lists], dim=1)
+        squares = NUM_LISTS * image.square().mean() + camera.mean((-2, -1)).square().mean()
+        return squares / (NUM_LISTS + 1)
 
     def _round_trip(self, tokens: Tensor) -> Tensor:
         """Encoded, the mean, decoded; in the dtype of the tokens."""
@@ -161,12 +161,12 @@ class AdapterObjective:
             batch.target,
             Posterior(batch.mean, batch.logvar),
             batch.noise,
-            self.weights,
+            WEIGHTS,
             scale=self.scale,
             disturbance=batch.disturbance,
         )
         regular = terms.kl_factor * adaptive_weight_of(terms.recon, terms.kl) * terms.kl
-        loss = terms.recon + self.weights.similarity * terms.cosine + regular
+        loss = terms.recon + WEIGHTS.similarity * terms.cosine + regular
         logs = {**terms.parts, "cosine": terms.cosine, "kl": terms.kl, "align_loss": regular}
         logs["std"] = terms.posterior.mean.std()
         return loss, {name: value.detach() for name, value in logs.items()}
@@ -182,14 +182,13 @@ class AdapterObjective:
         device, clips = self.held_out.rgb.device, self.held_out
         every = torch.arange(clips.rgb.shape[1], device=device)
         found: dict[str, list[Tensor]] = {}
-        for part in torch.arange(min(EVALUATED, len(clips)), device=device).split(
-            EVALUATED_AT_ONCE
-        ):
+        for part in torch.arange(len(clips), device=device).split(EVALUATED_AT_ONCE):
             views = relative_to_first(*taken(clips, part, every.expand(len(part), -1)))
             tokens = vggt_token_maps(self.pipeline.vggt, views.images)
             decoded = self._round_trip(tokens)
-            error = (decoded.float() - tokens) / self.scale.view(-1, 1, 1, 1)
-            found.setdefault("token_error", []).append(error.square().mean()[None])
+            found.setdefault("token_error", []).append(
+                self._squares(decoded.float() - tokens)[None]
+            )
             for suffix, maps in (("_vggt", tokens), ("", decoded)):
                 depth, pose = read_geometry(self.pipeline, maps)
                 turned, angle = pose_errors(pose, views.pose)

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--take",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=DIR",
         help="components that come from other pipeline folders",
@@ -76,20 +77,24 @@ def config_from(args: argparse.Namespace) -> ResidentConfig:
     stage = args.resident_stage
     values = dict(DEFAULTS[stage])
     values |= {k: v for k, v in vars(args).items() if k in _HELP}
-    take = []
+    take: list[tuple[str, Path]] = []
     for text in args.take:
         name, found, folder = text.partition("=")
         if not found or not folder:
             raise ValueError(f"--take {text}: write NAME=DIR, e.g. vggt=outputs/nano/vggt")
+        if name in dict(take):
+            raise ValueError(f"--take {name} is given twice; name one folder")
         take.append((name, Path(folder)))
     return ResidentConfig(stage=stage, take=tuple(take), captured=not args.no_captured, **values)
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Train as the flags say. 0 done, 1 diverged, 2 wrong input, 130 interrupted."""
+    """Train as the flags say. 0 done, 1 diverged or no memory, 2 wrong input, 130 interrupted."""
     try:
         config = config_from(args)
         # Imported late: this takes seconds, and a wrong number is told before.
+        import torch
+
         from gen3r_training.resident.loop import Diverged, train_resident
     except (ValueError, OSError) as error:
         return _told(error, 2, args.verbose)
@@ -99,6 +104,9 @@ def execute(args: argparse.Namespace) -> int:
         return _told(error, 2, args.verbose)
     except Diverged as error:
         return _told(error, 1, args.verbose)
+    except torch.cuda.OutOfMemoryError as error:
+        text = f"the GPU's memory does not hold this: lower --batch ({config.batch}) or --scenes"
+        return _told(RuntimeError(f"{text}; {error}"), 1, args.verbose)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gen3r.cameras import plucker_coordinates, rays_through
 from gen3r.conditioning import camera_latents, control_latents, task_mask
 from gen3r.pipeline import Gen3RPipeline
+from gen3r.scene import TASKS
 from gen3r.schedulers import TRAIN_STEPS
 from gen3r.stages import VAE_STRIDE, latent_grid
 from gen3r.transformer import Conditions, WanTransformer
@@ -23,7 +24,6 @@ from gen3r_training.diffusion import flow_at
 from gen3r_training.losses import truncated_square
 from gen3r_training.resident.generation import generation_figures
 from gen3r_training.resident.latents import (
-    TASKS,
     EncodedClips,
     encode_clips,
     encode_texts,
@@ -38,7 +38,7 @@ TASK_SHARES = (0.4, 0.3, 0.3)  # of `TASKS`
 CAMERAS_DROPPED, TEXT_DROPPED = 0.15, 0.15  # allview never has cameras, as at inference
 # Dropped text becomes the one or the other in halves: guidance contrasts with the second.
 DROPPED_TEXTS = ("", "bad detailed")
-VALIDATED, GENERATED = 64, 16  # held-out clips
+GENERATED = 16  # most held-out clips to generate from
 VALIDATION_SEED = 7
 
 
@@ -90,18 +90,10 @@ class _Source:
 class DiffusionObjective:
     """Trains the pipeline's transformer on resident clips.
 
-    Parameters
-    ----------
-    variants : how many variants of each training clip are encoded, see `latents.VARIANTS`.
-    geometry_weight : of the squared error in the geometry half, where the appearance half has 1;
-        the loss is their weighted mean.
-
     Raises
     ------
-    ValueError : no clips to train or to evaluate on, or an unknown number of variants.
+    ValueError : no clips to train or to evaluate on.
     """
-
-    name = "diffusion"
 
     def __init__(
         self,
@@ -109,8 +101,6 @@ class DiffusionObjective:
         train: Clips,
         held_out: Clips,
         options: ResidentConfig,
-        variants: int = 2,
-        geometry_weight: float = 1.0,
     ) -> None:
         self.pipeline, self.held_out = pipeline, held_out
         self.transformer: WanTransformer = pipeline.transformer
@@ -118,22 +108,19 @@ class DiffusionObjective:
         self.components: dict[str, nn.Module] = {"transformer": self.transformer}
         device, frames = train.rgb.device, train.rgb.shape[1]
         self.size = train.rgb.shape[2]
-        evaluated = held_out.take(range(min(VALIDATED, len(held_out))))
-        prompts = [*train.captions, *evaluated.captions]
+        prompts = [*train.captions, *held_out.captions]
         known = list(dict.fromkeys([*DROPPED_TEXTS, *prompts]))
         place = {prompt: number for number, prompt in enumerate(known)}
         self.texts = encode_texts(pipeline, known, device)
         numbers = torch.tensor([place[prompt] for prompt in prompts], device=device)
-        mine, theirs = numbers.split([len(train), len(evaluated)])
-        self.train = _Source(encode_clips(pipeline, train, variants), mine.repeat(variants))
-        self.evaluated = _Source(encode_clips(pipeline, evaluated), theirs)
+        mine, theirs = numbers.split([len(train), len(held_out)])
+        self.train = _Source(encode_clips(pipeline, train, mirror=True), mine.repeat(2))
+        self.evaluated = _Source(encode_clips(pipeline, held_out), theirs)
         grid = latent_grid(self.size, self.size)
         self.masks = task_mask(TASKS, frames, *grid).to(device)
         scheduler = pipeline.scheduler
         self.timesteps = scheduler.timesteps.to(device, torch.float32)
         self.sigmas = scheduler.sigmas[:TRAIN_STEPS].to(device, torch.float32)
-        halves = torch.tensor([1.0, geometry_weight], device=device)
-        self.halves = halves / halves.mean()
         self.transformer.requires_grad_(True)
 
     @torch.no_grad()
@@ -197,10 +184,9 @@ class DiffusionObjective:
     def loss(self, batch: DiffusionBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the velocity, and its means by task and by half."""
         errors = self._errors(batch)
-        weighted = errors * self.halves
         detached = errors.detach()
         logs = {"appearance": detached[:, 0].mean(), "geometry": detached[:, 1].mean()}
-        return weighted.mean(), logs | by_task(detached.mean(1), batch.tasks)
+        return errors.mean(), logs | by_task(detached.mean(1), batch.tasks)
 
     def _errors(self, batch: DiffusionBatch) -> Tensor:  # [B, 2] appearance, geometry
         sample = flow_at(batch.timesteps, batch.sigmas, batch.clean, batch.noise)
@@ -228,7 +214,7 @@ class DiffusionObjective:
     def evaluate(self) -> dict[str, float]:
         """Losses of all tasks at evenly spread timesteps, nothing dropped; what is generated.
 
-        loss_1view, loss_2view, loss_allview : on at most `VALIDATED` held-out clips
+        loss_1view, loss_2view, loss_allview : on the held-out clips
         the others : see `generation.generation_figures`, on at most `GENERATED` of them
         """
         device, count = self.masks.device, len(self.evaluated.clips)

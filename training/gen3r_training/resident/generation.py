@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from gen3r.pipeline import Gen3RPipeline
+from gen3r.scene import TASKS
 from gen3r.schedulers import make_schedule
 from gen3r.stages import denoise, split_latents
 from gen3r.transformer import Conditions
 from gen3r_training.resident.adapter import read_geometry
-from gen3r_training.resident.latents import TASKS, WORKING_GIB
+from gen3r_training.resident.latents import WORKING_GIB
 from gen3r_training.resident.vggt import relative_to_first, taken
 from gen3r_training.resident.vggt_metrics import depth_errors, pose_auc, pose_errors
 

@@ -16,22 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gen3r.cameras import decode_pose, invert_pose, to_homogeneous
 from gen3r.causal_video import Posterior
 from gen3r.conditioning import given_frames
 from gen3r.encoders import encode_text
 from gen3r.pipeline import Gen3RPipeline
+from gen3r.scene import TASKS
 from gen3r.stages import embed_views
 from gen3r.video_autoencoder import VideoAutoencoder
 from gen3r_training.adapter import vggt_token_maps
 from gen3r_training.resident.captions import tokenize
-from gen3r_training.resident.vggt import mirrored, relative_to_first, taken
+from gen3r_training.resident.vggt import mirrored, taken
 
 if TYPE_CHECKING:
     from gen3r_training.procedural import Clips
 
-TASKS = ("1view", "2view", "allview")  # in the order of `EncodedClips.appearance_mean`
-VARIANTS = ("plain", "mirrored", "reversed", "both")  # of a clip; the first n of them are encoded
 WORKING_GIB = 48.0  # of activations: a whole clip is one chunk
 KEPT = torch.float16
 CLIPS_A_BATCH, PROMPTS_A_BATCH = 64, 512
@@ -40,10 +38,10 @@ STATISTICS_CLIPS = 2048
 
 @dataclass(frozen=True)
 class EncodedClips:
-    """N clips (variants of a clip count as clips) on the device.
+    """N clips (a mirror image counts as a clip) on the device.
 
     appearance_mean, appearance_logvar : [3, N, 16, f, h, w] float16, posteriors of the control
-        video of each of `TASKS`; that of allview is the clip itself
+        video of each of `gen3r.scene.TASKS`, in their order; that of allview is the clip itself
     geometry_mean, geometry_logvar : [N, 16, f, h, w] float16
     image : [N, 1 + patches, clip_dim] features of the first frame
     c2w : [N, F, 4, 4] float32, in the unit and the world of the first frame
@@ -74,27 +72,27 @@ class EncodedTexts:
 
 
 @torch.no_grad()
-def encode_clips(pipeline: Gen3RPipeline, clips: Clips, variants: int = 1) -> EncodedClips:
+def encode_clips(pipeline: Gen3RPipeline, clips: Clips, mirror: bool = False) -> EncodedClips:
     """Posteriors, image features and cameras of all clips.
 
-    Row v * len(clips) + i is variant v of clip i.
-
-    variants : how many of `VARIANTS`: 1, or 2 with mirror images, or 4 with time reversed as well.
+    mirror : the mirror images too; that of clip i is row len(clips) + i.
 
     Raises
     ------
-    ValueError : no clips, or a number of variants that is none of these.
+    ValueError : no clips.
     """
     if len(clips) == 0:
         raise ValueError("there are no clips to encode; render some with `prepare procedural`")
-    if variants not in (1, 2, 4):
-        raise ValueError(f"{variants} variants of a clip are not known; use 1, 2 or 4")
-    device, total = clips.rgb.device, variants * len(clips)
+    device, total = clips.rgb.device, (1 + mirror) * len(clips)
+    every = torch.arange(clips.rgb.shape[1], device=device)
     found: dict[str, Tensor] = {}
     start = 0
-    for variant in VARIANTS[:variants]:
+    for turned in (False, True)[: 1 + mirror]:
         for numbers in torch.arange(len(clips), device=device).split(CLIPS_A_BATCH):
-            rows = _encode_rows(pipeline, *_variant(clips, numbers, variant))
+            flags = torch.full_like(numbers, turned, dtype=torch.bool)
+            frames = every.expand(len(numbers), -1)
+            images, _, c2w, intrinsics = mirrored(flags, *taken(clips, numbers, frames))
+            rows = _encode_rows(pipeline, images, c2w, intrinsics)
             for name, value in rows.items():
                 axis = int(name.startswith("appearance"))
                 if name not in found:
@@ -103,23 +101,6 @@ def encode_clips(pipeline: Gen3RPipeline, clips: Clips, variants: int = 1) -> En
                 found[name].narrow(axis, start, len(numbers)).copy_(value)
             start += len(numbers)
     return EncodedClips(**found)
-
-
-def _variant(
-    clips: Clips,
-    numbers: Tensor,  # [B] int64
-    variant: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # images [B, F, 3, H, W], c2w [B, F, 4, 4], intrinsics
-    frames = torch.arange(clips.rgb.shape[1], device=numbers.device)
-    turned = variant in ("reversed", "both")
-    frames = frames.flip(0) if turned else frames
-    images, depth, c2w, intrinsics = taken(clips, numbers, frames.expand(len(numbers), -1))
-    flags = torch.full_like(numbers, variant in ("mirrored", "both"), dtype=torch.bool)
-    images, depth, c2w, intrinsics = mirrored(flags, images, depth, c2w, intrinsics)
-    if turned:  # another first frame: another world, another unit
-        pose = relative_to_first(images, depth, c2w, intrinsics).pose
-        c2w = invert_pose(to_homogeneous(decode_pose(pose, *images.shape[-2:])[0]))
-    return images, c2w, intrinsics
 
 
 def _encode_rows(

@@ -9,12 +9,12 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gen3r.folders import whole_folder
+from gen3r.folders import check_writable, whole_folder
 from gen3r.pipeline import Gen3RPipeline
 from gen3r_kernels import Backends
 from gen3r_training.ema import Ema
@@ -23,16 +23,13 @@ from gen3r_training.resident.config import ResidentConfig
 from gen3r_training.resident.objective import Objective
 from gen3r_training.resident.steps import Stepper
 
+if TYPE_CHECKING:
+    from gen3r_training.procedural import Clips
+
 LOG = "resident.jsonl"
 MOST_SKIPPED = 50
+FRAME_STEP, SIZE_STEP = 4, 56  # as `gen3r.scene.SceneRequest` takes: 4k + 1 frames, pixels
 STORED = torch.float16  # of the written folder: eleven bits where bfloat16 has eight
-TRAINED = {  # components by stage
-    "vae": ("wan_vae",),
-    "vggt": ("vggt",),
-    "text": ("text_encoder", "clip_image_encoder"),
-    "adapter": ("geo_adapter",),
-    "diffusion": ("transformer",),
-}
 Say = Callable[[str], None]
 
 
@@ -53,6 +50,7 @@ def train_resident(config: ResidentConfig, say: Say = print) -> dict[str, Any]:
     """
     if config.output.exists():
         raise FileExistsError(f"--output {config.output} exists; choose another or remove it")
+    check_writable(config.output.absolute().parent)  # known before minutes are spent
     device = chosen_device(config)
     # A small float32 model in TF32: its products keep 11 bits, as float16 weights do.
     torch.set_float32_matmul_precision("high")
@@ -66,7 +64,7 @@ def train_resident(config: ResidentConfig, say: Say = print) -> dict[str, Any]:
     report = run.finish()
     report["ready_seconds"] = round(run.began - began, 2)
     report["total_seconds"] = round(time.perf_counter() - began, 2)
-    _write(pipeline, config, [*run.lines, report])
+    _write(objective.components, pipeline, config, [*run.lines, report])
     say(f"wrote {config.output}")
     return report
 
@@ -99,7 +97,7 @@ def stored_model(config: ResidentConfig, dtype: torch.dtype) -> Gen3RPipeline:
         from gen3r.nano import build_untrained
 
         pipeline = build_untrained(config.seed, backends)
-        prepare_weights(pipeline)
+        prepare_weights(pipeline, config.seed)
     for name, folder in config.take:
         other = Gen3RPipeline.from_pretrained(folder, torch_dtype=dtype, backends=backends)
         values = {name: getattr(other.config, name)}
@@ -109,20 +107,20 @@ def stored_model(config: ResidentConfig, dtype: torch.dtype) -> Gen3RPipeline:
 
 
 @torch.no_grad()
-def prepare_weights(pipeline: Gen3RPipeline) -> None:
+def prepare_weights(pipeline: Gen3RPipeline, seed: int) -> None:
     """Give untrained weights the scales that training from nothing needs.
 
     PyTorch's defaults are kept but in the transformer, whose modulation is as in Wan (normal /
     sqrt(dim)), whose last layer is 0 and whose other layers are Xavier's. VGGT's objective has
     starting values of its own.
     """
-    transformer = pipeline.transformer
+    transformer, generator = pipeline.transformer, torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         if name.endswith("modulation"):
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
     for layer in transformer.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     nn.init.zeros_(transformer.head.head.weight)
@@ -136,6 +134,8 @@ def build_objective(
 
     train = load_clips(config.data, "train", device, config.scenes)
     held_out = load_clips(config.data, "held_out", device, config.held_out)
+    for split, clips in (("train", train), ("held_out", held_out)):
+        check_clips(split, clips)
     made: Any
     if config.stage == "vae":
         from gen3r_training.resident.vae import VAEObjective as made
@@ -148,6 +148,20 @@ def build_objective(
     else:
         from gen3r_training.resident.diffusion import DiffusionObjective as made
     return cast(Objective, made(pipeline, train, held_out, config))
+
+
+def check_clips(split: str, clips: Clips) -> None:
+    """ValueError for clips of a length or size that no model of this kind takes."""
+    frames, height, width = clips.depth.shape[1:]
+    if frames % FRAME_STEP != 1:
+        raise ValueError(
+            f"the {split} clips have {frames} frames; prepare some with 4k + 1 (--frames 17)"
+        )
+    if height != width or height % SIZE_STEP:
+        raise ValueError(
+            f"the {split} clips have {height} x {width} pixels; prepare squares of a multiple of "
+            f"{SIZE_STEP} (--size 112)"
+        )
 
 
 class _Run:
@@ -163,7 +177,7 @@ class _Run:
     ) -> None:
         self.objective, self.pipeline, self.config, self.say = objective, pipeline, config, say
         self.device = device
-        module = objective.module.requires_grad_(True)
+        module = objective.module
         half = next(module.parameters()).dtype == torch.bfloat16
         self.optimizer = Optimizer(
             module,
@@ -179,6 +193,7 @@ class _Run:
         self.stepper = Stepper(objective, captured=captured)
         self.lines: list[dict[str, Any]] = []
         self.finished, self.skipped, self.began = 0, 0, time.perf_counter()
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # the last one's step and figures
 
     def steps(self) -> None:
         """All steps, or as many as the minutes allow."""
@@ -229,11 +244,14 @@ class _Run:
         )
 
     def _evaluate(self) -> dict[str, float]:
+        if self.evaluated[0] == self.finished:
+            return self.evaluated[1]
         with self._averaged(), torch.no_grad():
             found = self.objective.evaluate()
         self._keep("evaluation", dict(found))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
         self.say(f"{self.finished:>6}  evaluation  {shown}")
+        self.evaluated = self.finished, found
         return found
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -277,17 +295,25 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def _write(pipeline: Gen3RPipeline, config: ResidentConfig, lines: list[dict[str, Any]]) -> None:
-    """The pipeline folder, the other components as they were, with the log of all stages."""
-    # The other components as they are stored: this run held them in its own dtype.
+def _write(
+    trained: dict[str, nn.Module],
+    pipeline: Gen3RPipeline,
+    config: ResidentConfig,
+    lines: list[dict[str, Any]],
+) -> None:
+    """The pipeline folder in float16, with the log of all stages.
+
+    The other components are read again: this run held them in its own dtype. The mark `untrained`
+    goes with the last stage, if there were others before it.
+    """
     source = stored_model(config, STORED)
-    trained = {name: getattr(pipeline, name) for name in TRAINED[config.stage]}
     configs = {name: getattr(pipeline.config, name) for name in trained}
+    begun = config.model is not None
     whole = replace(
         source,
         config=replace(source.config, **cast(Any, configs)),
-        **{name: module.to("cpu", STORED) for name, module in trained.items()},
-        untrained=config.stage != "diffusion",
+        **cast(Any, {name: module.to("cpu", STORED) for name, module in trained.items()}),
+        untrained=source.untrained and not (begun and config.stage == "diffusion"),
     )
     folders = [config.model, *(folder for _, folder in config.take)]
     logs = [folder / LOG for folder in dict.fromkeys(folders) if folder is not None]

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 class Objective(Protocol):
     """What is trained, on what, and how a batch's loss is computed.
 
-    name : the stage
     module : what is trained: all its parameters that require gradients
     components : those of its parts that belong to the pipeline, by the component's name
     """
 
-    name: str
     module: nn.Module
     components: dict[str, nn.Module]
 

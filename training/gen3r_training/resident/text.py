@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from gen3r_training.resident.config import ResidentConfig
 
 CORPUS = 8192  # captions without images; a millisecond each to make
-EVALUATED = 64  # held-out clips
 MOST_MASKED = 0.5  # of a caption's words; the share is uniform from 0 to this
 RANDOM = 0.2  # of the masked words become a random token, the others <unk>
 BRIGHTNESS, TINT = 0.1, 0.03  # colour jitter, small: the names of colours must stay true
@@ -93,8 +92,6 @@ class TextObjective:
     ValueError : a tokenizer that splits the captions' words or has more tokens than the encoder.
     """
 
-    name = "text"
-
     def __init__(
         self,
         pipeline: Gen3RPipeline,
@@ -109,8 +106,8 @@ class TextObjective:
                 f"the tokenizer has {len(tokenizer)} tokens, the text encoder "
                 f"{config.text_encoder.vocab}; build the pipeline with one vocabulary"
             )
-        held_out = held_out.take(range(min(EVALUATED, len(held_out))))
-        alone = caption_corpus(corpus, options.seed)
+        # Another seed than the clips are usually of, whose captions these would be.
+        alone = caption_corpus(corpus, options.seed + 1)
         captions = [*train.captions, *held_out.captions, *alone]
         ids = tokenize(tokenizer, captions, config.transformer.text_len, device)
         parts, evaluated, self._alone = ids.split([len(train), len(held_out), len(alone)])

@@ -54,8 +54,6 @@ class VAEBatch:
 class VAEObjective:
     """See `gen3r_training.resident.objective.Objective`."""
 
-    name = "vae"
-
     def __init__(
         self, pipeline: Gen3RPipeline, train: Clips, held_out: Clips, options: ResidentConfig
     ) -> None:
@@ -65,6 +63,7 @@ class VAEObjective:
         self.frames = train.rgb.shape[1]
         self._choice = torch.Generator().manual_seed(options.seed)
         clear_statistics(pipeline, "wan_vae")
+        self.module.requires_grad_(True)
 
     def draw(self, generator: torch.Generator, count: int) -> VAEBatch:
         """`count` clips of all frames, or as many more as they are shorter."""

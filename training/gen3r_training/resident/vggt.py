@@ -34,7 +34,7 @@ SHORT = {1: 0.1, 2: 0.2, 5: 0.15, 9: 0.1}
 WIDEST = 0.5  # share of the pairs that are a clip's first and last frame, as in a 2view request
 MAPPED = 1 / 3  # share of a batch's frames whose maps are decoded, two at least where it has them
 GAIN, CHANNEL_GAIN, GAMMA = 0.1, 0.04, 0.1  # deviations of their logarithms
-HELD_OUT_CLIPS, HELD_OUT_BATCH = 64, 8
+HELD_OUT_BATCH = 8
 # What an untrained model starts from instead of upstream's values, which suit months of training.
 # Special tokens and positions (1e-6, 0.02) are no smaller than the patches they join; every block
 # (LayerScale 0.01) passes gradients from the first step on; queries and keys (1) are long enough to
@@ -197,10 +197,10 @@ def draw_views(clips: Clips, generator: torch.Generator, count: int) -> Views:
 
 
 def held_out_views(clips: Clips) -> Iterator[Views]:
-    """The first clips with all frames in order, in batches."""
+    """All clips with all frames in order, in batches."""
     device, frames = clips.depth.device, clips.depth.shape[1]
     every = torch.arange(frames, device=device)
-    numbers = torch.arange(min(HELD_OUT_CLIPS, len(clips)), device=device)
+    numbers = torch.arange(len(clips), device=device)
     for part in numbers.split(HELD_OUT_BATCH):
         yield relative_to_first(*taken(clips, part, every.expand(len(part), -1)))
 
@@ -277,15 +277,12 @@ class VGGTObjective:
     ValueError : no clips to train or to evaluate on, or clips of a size that VGGT does not take.
     """
 
-    name = "vggt"
-
     def __init__(
         self,
         pipeline: Gen3RPipeline,
         train: Clips,
         held_out: Clips,
         options: ResidentConfig,
-        losses: VGGTLossConfig | None = None,
     ) -> None:
         patch = pipeline.vggt.config.patch_size
         for split, clips in (("train", train), ("held-out", held_out)):
@@ -300,7 +297,7 @@ class VGGTObjective:
         self.module: nn.Module = pipeline.vggt
         self.components: dict[str, nn.Module] = {"vggt": pipeline.vggt}
         self.train, self.held_out = train, held_out
-        self.losses = losses or VGGTLossConfig()
+        self.losses = VGGTLossConfig()
         prepare(self.vggt, options.seed)
         self.vggt.requires_grad_(True)
         self.vggt.aggregator.patch_embed.mask_token.requires_grad_(False)  # not used
@@ -316,7 +313,7 @@ class VGGTObjective:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Errors on at most `HELD_OUT_CLIPS` held-out clips: see `VGGTMeter`."""
+        """Errors on the held-out clips: see `VGGTMeter`."""
         meter = VGGTMeter()
         for views in held_out_views(self.held_out):
             meter.add(self.vggt, predict(self.vggt, views.images, views.mapped), views)

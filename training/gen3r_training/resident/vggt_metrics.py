@@ -52,7 +52,8 @@ def pose_errors(
 ) -> tuple[Tensor, Tensor]:  # both [B, P] degrees
     """Rotation error and direction error of all pairs of views.
 
-    The direction of pairs nearer than `least` is NaN: they count with their rotation alone.
+    The direction of pairs not further apart than `least` is NaN: they count with their rotation
+    alone. A predicted baseline of zero has no direction and is 90 degrees off.
     """
     rotation, translation = relative_poses(prediction)
     true_rotation, true_translation = relative_poses(truth)
@@ -64,7 +65,8 @@ def pose_errors(
     )
     along = (translation * true_translation).sum(-1)
     angle = torch.rad2deg(torch.atan2(across, along))
-    near = torch.linalg.vector_norm(true_translation, dim=-1) < least
+    angle = torch.where(torch.linalg.vector_norm(translation, dim=-1) > 0, angle, 90.0)
+    near = torch.linalg.vector_norm(true_translation, dim=-1) <= least
     return turned, torch.where(near, math.nan, angle)
 
 
