@@ -11,15 +11,15 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gen3r_engine.evaluation import record
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KEYS = (
@@ -132,40 +132,20 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
 
 
-def commit() -> str:
-    """The checkout's commit, with a plus when tracked files differ; "unknown" outside git."""
-    git = ["git", "-C", str(RESULTS.parent)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if head.returncode != 0:
-        return "unknown"
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
-    return head.stdout.strip() + ("+" if changed.returncode else "")
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name() -> str:
     """The GPU's name, or the processor architecture and thread count."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu {platform.machine()} {torch.get_num_threads()} threads"
+    return record.machine_name(_device())
 
 
 def environment(revision: str | None = None) -> Environment:
     """This machine, now. `revision` stands for the commit where the tree is not a git checkout."""
-    capability: str | None = torch.backends.cpu.get_cpu_capability()
-    driver = None
-    if torch.cuda.is_available():
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
-    return Environment(
-        gpu=device_name(),
-        capability=capability,
-        driver=driver,
-        torch=torch.__version__,
-        triton=version("triton"),
-        commit=revision or commit(),
-        utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    )
+    found = record.environment(_device(), revision)
+    same = {name: found[name] for name in ("gpu", "capability", "driver", "commit", "utc")}
+    return Environment(torch=torch.__version__, triton=version("triton"), **same)
 
 
 def make_row(suite: str, measurement: Measurement, where: Environment) -> Row:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks.harness import KEYS, read_rows
 from benchmarks.report import markdown as benchmark_tables
+from gen3r.run import draw_noise
 from gen3r_engine import EngineConfig
 from gen3r_engine.cli import main
 from gen3r_engine.engine import Engine
@@ -40,18 +41,28 @@ def clips() -> Clips:
 
 @pytest.mark.parametrize(
     ("task", "cameras"),
-    [("1view", "true"), ("2view", ["zoom_in", "arc_left"]), ("allview", "true")],
+    [("1view", "true"), ("2view", "arc_left"), ("allview", "true")],
 )
 def test_batches_equal_the_engines_own_scenes(
-    task: str, cameras: str | list[str], engine: Engine, clips: Clips
+    task: str, cameras: str, engine: Engine, clips: Clips
 ) -> None:
     asked = requests(clips, task, cameras, noise=7)
-    found = Sampler(engine, batch=2, steps=1).generate(asked)
-    (scene,) = engine.generate(asked[1:], steps=1)
+    sampler = Sampler(engine, batch=2, steps=1)
+    found = sampler.generate(asked)
+    noise, draws = sampler.draw(asked[1:])
+    (scene,) = engine.generate(asked[1:], steps=1, latents=noise, posterior_noise=draws)
     # Batched products round differently: one level of 255, and the last bits of float32.
     assert (found.video[1].int() - scene.rgb.int()).abs().max() <= 1
     torch.testing.assert_close(found.depths[1], scene.depth, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.poses[1], scene.extrinsics, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_is_one_draw_for_every_dtype(engine: Engine, clips: Clips) -> None:
+    asked = requests(clips, "1view", noise=7)
+    own = draw_noise(asked, None, None, None, 16, torch.device("cpu"), torch.bfloat16)
+    assert engine.pipeline.dtype == torch.float32
+    for found, wanted in zip(Sampler(engine).draw(asked), own, strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, wanted.float())
 
 
 def test_what_a_sampler_refuses(engine: Engine, clips: Clips) -> None:
@@ -77,7 +88,7 @@ def test_the_nano_suite(
     case = text_colors.find_cases(1, seed=3, size=56, device="cpu")
     monkeypatch.setattr(text_colors, "find_cases", lambda *_, **__: case)
     monkeypatch.setattr("gen3r_engine.evaluation.held_out.BASELINE", 2)
-    file, sheet = tmp_path / "nano.json", tmp_path / "sheet.png"
+    file, sheet = tmp_path / "new" / "nano.json", tmp_path / "sheet.png"
     wanted = ["--scenes", "1", "--seed", "3", "--json", str(file), "--sheet", str(sheet)]
     assert main(["eval", "--suite", "nano", *SMALL, *wanted]) == 0
     text = capsys.readouterr().out
@@ -97,6 +108,14 @@ def test_the_nano_suite(
     }
     assert sum(map(sum, found["moves"]["confusion"])) == 6 and len(found["text"]) == 1
     assert found["settings"]["steps"] == 1 and found["environment"]["versions"]["torch"]
+    assert found["model"]["checkpoint"] == "embedded" and len(found["model"]["weights"]) == 16
+    (move,) = found["clip_moves"]
+    figures = {f"{f['part']} {f['name']}": f for f in found["figures"]}
+    kind = "random paths" if move == "random" else "built-in moves"
+    assert (
+        figures["allview pose AUC@30"]["baselines"]
+        == (figures[f"allview pose AUC@30, {kind}"]["baselines"])
+    )
     assert Image.open(sheet).size[1] > 5 * 56
 
 
@@ -114,6 +133,10 @@ def test_the_yardstick(tmp_path: Path) -> None:
     assert {row["suite"] for row in found} == {"quality"} and set(found[0]) == set(KEYS)
     timed = {row["provider"] for row in found if row["metric"] == "time"}
     assert timed == {"exact", "guidance 1"}
+    settings = found[0]["config"]["settings"]
+    assert (settings["preset"], settings["attention"]) == ("exact", "auto")
+    assert settings["encoder_precision"] == "model"
+    assert found[0]["config"]["checkpoint"] == "embedded" and found[0]["config"]["weights"]
     assert found[0]["commit"] == "abc" and "quality" in benchmark_tables(found)
 
 
@@ -177,7 +200,21 @@ def test_a_config_has_a_row_where_it_is_not_the_exact_default(
         (["eval", "--suite", "nano", "--guidance", "-1"], "--guidance -1.0 is out of range"),
         (["eval", "--suite", "yardstick", "--knobs", "turbo"], "knob 'turbo' is unknown"),
         (["eval", "--suite", "yardstick", "--json", "/dev/null/x"], "can not be written"),
+        (["eval", "--suite", "yardstick", "--preset", "fp8"], "preset fp8 cannot be the reference"),
+        (["eval", "--suite", "nano", "--stride", "2"], "--stride belongs to --suite paper"),
+        (["eval", "--suite", "nano", "--rows", "x"], "--rows belongs to --suite paper"),
+        (["eval", "--suite", "nano", "--lpips-net", "vgg"], "--lpips-net belongs to"),
+        (["eval", "--suite", "nano", "--frames", "16"], "--frames 16: a clip has 4k + 1"),
+        (["eval", "--suite", "yardstick", "--frames", "1"], "5 or more; use 5"),
+        (["eval", "--suite", "paper", "--size", "100"], "--size 100 is not a multiple of 56"),
+        (["eval", "--suite", "nano", "--json", "/"], "--json / is a folder; give a file"),
+        (["eval", "--suite", "nano", "--sheet", "x.mov"], "'.mov' is no kind of picture; use .png"),
+        (["eval", "--suite", "paper", "--rows", "/"], "--rows / is a folder"),
+        (["eval", "--suite", "paper", "--stride", "0"], "--stride 0 is below 1"),
         (["eval", "--suite", "paper"], "--suite paper needs --data"),
+        (["verify", "--size", "abc"], "--size: size 'abc' is not a size"),
+        (["verify", "--yardstick", "--frames", "1"], "--frames 1: a clip has 4k + 1 frames"),
+        (["verify", "--json", "/"], "--json / is a folder"),
         (["verify", "--scenes", "2"], "--scenes belongs to --yardstick"),
         (["verify", "--yardstick", "--size", "56x112"], "held-out scenes are square"),
     ],

@@ -108,7 +108,8 @@ def test_clouds_and_frames_of_the_truth_are_right() -> None:
     clips = held_out([0], seed=5, frames=2, size=40, device=torch.device("cpu"), move="zoom_in")
     depth, w2c = clips.depth.float(), invert_pose(clips.c2w.double())
     k = clips.intrinsics[:, None].expand(-1, 2, -1, -1)
-    mean = measures.world_points(depth[0], w2c[0], k[0])[0][depth[0, 0] > 0].norm(dim=-1).mean()
+    seen = (depth[0, 0] > 0).flatten().nonzero().flatten()
+    mean = measures.unproject(depth[0], w2c[0], k[0], seen).norm(dim=-1).mean()
     assert float(mean) == pytest.approx(1.0, abs=0.01)  # the scene unit
     moved = w2c.clone()
     moved[..., :3, 3] *= 2  # the same scene at twice the size

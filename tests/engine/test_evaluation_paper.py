@@ -17,19 +17,21 @@ from scipy.spatial.transform import Rotation
 from gen3r.scene import Scene
 from gen3r_engine import EngineConfig
 from gen3r_engine.engine import Engine
-from gen3r_engine.evaluation import images, paper, paper_scores
+from gen3r_engine.evaluation import images, measures, paper, paper_scores
 from gen3r_engine.evaluation.paper_data import (
     DATA_SETS,
     ClipPlace,
+    Draw,
     Truth,
-    choose_clips,
     parse_roots,
     read_depth,
     read_truth,
 )
+from gen3r_engine.evaluation.paper_options import add_paper_arguments
 from gen3r_engine.evaluation.paper_published import PUBLISHED
-from gen3r_engine.evaluation.paper_report import Rows, mean_and_error, weights_digest
+from gen3r_engine.evaluation.paper_report import Rows, mean_and_error
 from gen3r_engine.evaluation.paper_scores import FIGURES, figures_of
+from gen3r_engine.evaluation.record import weights_digest
 from gen3r_training.data.layout import read_scene
 from tests.training.scenes import write_scene
 
@@ -53,7 +55,7 @@ def true_scene(truth: Truth) -> Scene:
     """A scene that is the truth in another world frame and scale: what a perfect model gives."""
     assert truth.depth is not None
     index = torch.arange(truth.depth.numel())
-    exact = paper_scores._unproject(truth.depth, truth, index)
+    exact = measures.unproject(truth.depth, truth.w2c, truth.intrinsics, index).numpy()
     world = np.eye(4)
     world[:3, :3] = Rotation.from_rotvec([0.4, 1.0, -0.2]).as_matrix()
     points = torch.from_numpy(0.3 * exact @ world[:3, :3].T + [1.0, 2.0, 3.0])
@@ -107,9 +109,9 @@ def test_data_roots_by_name(tmp_path: Path) -> None:
 def test_clips_are_a_function_of_the_seed(root: Path) -> None:
     def chosen(**changes: Any) -> list[tuple[str, tuple[int, ...]]]:
         given = {"count": 9, "frames": FRAMES, "stride": 1, "seed": 0} | changes
-        clips, left_out = choose_clips("co3d", root, "val", **given)
-        assert list(left_out) == (["short"] if len(clips) == 2 else [])
-        return [(clip.name, clip.rows) for clip in clips]
+        drawn = Draw("co3d", root, "val", **given)
+        assert list(drawn.left_out) == (["short"] if len(drawn.clips) == 2 else [])
+        return [(clip.name, clip.rows) for clip in drawn.clips]
 
     assert {name for name, _ in chosen()} == {"a", "b"}
     assert chosen() == chosen()
@@ -185,7 +187,8 @@ def test_true_points_lie_on_the_rooms_walls(root: Path) -> None:
     """All frames' true points are those of one room: neighbours of the first frame's."""
     truth = read_truth(clip_of(root), 60, with_depth=True)
     assert truth.depth is not None
-    points = paper_scores._unproject(truth.depth, truth, torch.arange(truth.depth.numel()))
+    index = torch.arange(truth.depth.numel())
+    points = measures.unproject(truth.depth, truth.w2c, truth.intrinsics, index)
     first, last = points[: 60 * 60], points[-60 * 60 :]
     accuracy, _, _ = paper_scores.geometry.accuracy_completeness(last, first)
     assert accuracy < 0.03 * float(truth.depth.mean())
@@ -213,8 +216,8 @@ def test_rows_survive_a_cut(tmp_path: Path) -> None:
 def arguments(*flags: str) -> argparse.Namespace:
     """As the command line makes them: this suite's flags and the common ones."""
     parser = argparse.ArgumentParser()
-    paper.add_paper_arguments(parser)
-    for name in ("scenes", "steps", "seed"):
+    add_paper_arguments(parser)
+    for name in ("scenes", "frames", "size", "steps", "seed"):
         parser.add_argument(f"--{name}", type=int)
     parser.set_defaults(guidance=None, solver=None, pretrained_model_name_or_path=None)
     return parser.parse_args(flags)
@@ -225,7 +228,7 @@ def test_the_whole_suite(
 ) -> None:
     monkeypatch.setattr(paper_scores, "POINTS", 200)
     monkeypatch.setattr(images, "lpips_problem", lambda net: "no weights here")
-    file = tmp_path / "paper.jsonl"
+    file = tmp_path / "results" / "paper.jsonl"  # the folder is made
     flags = ["--data", f"re10k={root}", f"co3d={root}", "--rows", str(file), "--steps", "2"]
     flags += ["--scenes", "1", "--frames", str(FRAMES), "--size", str(SIZE)]
     engine = Engine.load(None, EngineConfig(device="cpu"))
@@ -264,7 +267,7 @@ def test_the_whole_suite(
     assert len(Rows(file, changed).kept) == 0
 
 
-def test_flags_that_do_not_fit(root: Path, tmp_path: Path) -> None:
+def test_flags_that_do_not_fit(root: Path) -> None:
     def refused(*flags: str) -> str:
         with pytest.raises(ValueError) as error:
             paper.run_paper(arguments(*flags), lambda: pytest.fail("a model was loaded"))
@@ -272,6 +275,5 @@ def test_flags_that_do_not_fit(root: Path, tmp_path: Path) -> None:
 
     data = ["--data", f"co3d={root}"]
     assert "needs --data NAME=DIR" in refused()
-    assert "has no folder 'train'" in refused(*data, "--split", "train")
-    assert "--scenes 0 is below 1" in refused(*data, "--scenes", "0")
-    assert "no folder" in refused(*data, "--rows", str(tmp_path / "none" / "rows.jsonl"))
+    assert f"--data co3d={root} has no folder 'train'" in refused(*data, "--split", "train")
+    assert "LPIPS net 'resnet' is unknown; known: alex" in refused(*data, "--lpips-net", "resnet")

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes the embedded model (gen3r/embedded) from nothing: scenes, five stages, evaluation.
 #
-#   training/recipes/nano.sh OUTPUT      about 28 minutes of one H100 or H200, 8 GB in OUTPUT
+#   training/recipes/nano.sh OUTPUT      an estimated 28 minutes of one H200, 8 GB in OUTPUT
 #
 # The autoencoders and VGGT are trained in two rounds, the second from the first's weights with a
-# lower rate. Each stage is a function of its seed, up to the order of sums on the GPU; clips
-# and stages that are there whole are kept, so that an interrupted run goes on where it ended. nano_log.jsonl is
-# the log of the run that made the embedded weights (docs/quality.md tells in what it differed). To
-# ship the result, put OUTPUT/diffusion in the place of gen3r/embedded.
+# lower rate. Each stage is a function of its seed, up to the order of sums on the GPU. Clips and
+# stages that are there whole are kept, so that an interrupted run goes on where it ended.
+# nano_log.jsonl is the log of the run that made the embedded weights (docs/quality.md tells in what
+# it differed). To ship the result, put OUTPUT/diffusion in the place of gen3r/embedded.
 set -euo pipefail
 out=${1:?usage: nano.sh OUTPUT [SCENES]}
 scenes=${2:-6144}

@@ -31,10 +31,13 @@ def user_input(
 ) -> Iterator[None]:
     """Errors of these kinds inside the block are the input's, not the program's.
 
-    `where` is put before the message (a file and line, say).
+    `where` is put before the message (a file and line, say); the error's notes are kept.
     """
     try:
         yield
     except kinds as error:
         text = f"{where}: {error}" if where else str(error)
-        raise UsageError(text or type(error).__name__, code) from error
+        told = UsageError(text or type(error).__name__, code)
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        raise told from error

@@ -21,11 +21,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen3r.folders import check_writable
 from gen3r_engine.cli.errors import UsageError, user_input
+from gen3r_engine.cli.files import check_file, check_picture, write_file
 from gen3r_engine.cli.model import add_model_arguments, engine_config, load_engine
 from gen3r_engine.cli.progress import StageProgress
-from gen3r_engine.evaluation.paper import add_paper_arguments, run_paper
+from gen3r_engine.cli.requests import check_clip
+from gen3r_engine.evaluation.paper_options import ROWS, add_paper_arguments
 
 if TYPE_CHECKING:
     from gen3r_engine.engine import Engine
@@ -42,7 +43,7 @@ ONLY = {  # flags that belong to some suites
     "markdown": ("yardstick",),
     "json": ("nano", "yardstick"),
     "commit": ("nano", "yardstick"),
-    "data": ("paper",),
+    **{name: ("paper",) for name in ("data", "split", "tasks", "stride", "lpips_net", "rows")},
 }
 
 
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--suite", choices=SUITES, required=True, help="what is measured")
     add("--scenes", type=int, help="held-out scenes (default: nano 50, yardstick 16)")
+    add("--frames", type=int, help="frames of a clip, 4k + 1 and 5 or more (default: the model's)")
+    add("--size", type=int, help="pixels, a multiple of 56 (default: the model's)")
     add("--steps", type=int, help="denoising steps (default: 50)")
     add("--guidance", type=float, help="guidance scale (default: the model's)")
     add("--solver", help="euler, unipc or dpm++ (default: euler)")
@@ -64,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="all figures; yardstick: one row a line")
     add("--commit", help="commit to record where the tree is not a git checkout")
     add_paper_arguments(parser)
-    add_model_arguments(parser)
+    add_model_arguments(parser, batch=f"nano and yardstick {BATCH}, paper 1")
     add = parser.add_argument_group("compiling").add_argument
     add(
         "--compile",
@@ -81,25 +84,21 @@ def main(args: argparse.Namespace) -> int:
     paper = args.suite == "paper"
     args.batch = (1 if paper else BATCH) if args.batch is None else args.batch
     args.no_compile = not paper if args.no_compile is None else args.no_compile
-    if paper:
-        with user_input():
-            return run_paper(args, lambda: _load(args))
     import torch
 
-    from gen3r_engine.memory import OutOfMemory
+    from gen3r_engine.engine import OutOfMemory, SceneError
 
-    args.steps = 50 if args.steps is None else args.steps
-    args.scenes = SCENES[args.suite] if args.scenes is None else args.scenes
-    args.solver = "euler" if args.solver is None else args.solver
-    try:
-        return _nano(args) if args.suite == "nano" else _yardstick(args)
-    except (OutOfMemory, torch.cuda.OutOfMemoryError) as error:
-        text = f"the GPU's memory does not hold this: use a smaller --batch ({args.batch} now)"
-        raise UsageError(f"{text}; {error}", code=1) from error
+    mend = f"--batch ({args.batch} now)" if args.batch > 1 else "--size, or fewer --frames"
+    text = f"the GPU's memory does not hold this: use a smaller {mend}"
+    with (
+        user_input(text, (OutOfMemory, torch.cuda.OutOfMemoryError), code=1),
+        user_input(kinds=(SceneError,), code=1),
+    ):
+        return RUN[args.suite](args)
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("scenes", "steps"):
+    for name in ("scenes", "steps", "stride"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} {value} is below 1; use 1 or more")
@@ -109,12 +108,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed {args.seed} is negative; use 0 or more")
     for name, suites in ONLY.items():
         if getattr(args, name) is not None and args.suite not in suites:
-            raise UsageError(f"--{name} belongs to --suite {', '.join(suites)}; leave it out")
-    for name in ("json", "sheet", "markdown"):
-        path = getattr(args, name)
-        if path is not None:  # known before minutes are spent
-            with user_input(f"--{name} {path} can not be written", (OSError,)):
-                check_writable(path.parent)
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} belongs to --suite {', '.join(suites)}; leave it out")
+    with user_input():
+        check_clip(args.frames, args.size)
+    for name in ("json", "markdown"):
+        check_file(f"--{name}", getattr(args, name))
+    check_picture("--sheet", args.sheet)
 
 
 def _load(args: argparse.Namespace) -> Engine:
@@ -122,14 +122,21 @@ def _load(args: argparse.Namespace) -> Engine:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What both suites take: which scenes, and how they are made."""
+    """What nano and yardstick take: which scenes, and how they are made."""
     from gen3r_engine.evaluation.held_out import SEED
 
-    names = ("scenes", "frames", "size", "steps", "guidance", "solver", "batch")
-    return {
-        **{name: getattr(args, name) for name in names},
-        "seed": SEED if args.seed is None else args.seed,
-    }
+    default = {"scenes": SCENES[args.suite], "steps": 50, "solver": "euler", "seed": SEED}
+    given = {name: getattr(args, name) for name in (*default, "frames", "size", "guidance")}
+    known = {name: value for name, value in given.items() if value is not None}
+    return {**default, **known, "batch": args.batch}
+
+
+def _paper(args: argparse.Namespace) -> int:
+    from gen3r_engine.evaluation.paper import run_paper
+
+    check_file("--rows", args.rows or ROWS)
+    with user_input():
+        return run_paper(args, lambda: _load(args))
 
 
 def _nano(args: argparse.Namespace) -> int:
@@ -144,12 +151,14 @@ def _nano(args: argparse.Namespace) -> int:
         options = NanoOptions(parts=parts, **_settings(args))
     engine = _load(args)
     with user_input(), StageProgress() as progress:
-        result = run_nano(engine, options, progress, args.commit)
+        checkpoint = args.pretrained_model_name_or_path
+        result = run_nano(engine, options, progress, args.commit, checkpoint)
     print_nano(result)
     if args.json is not None:
-        _write(args.json, json.dumps(result.to_dict(), indent=1) + "\n")
+        write_file("--json", args.json, json.dumps(result.to_dict(), indent=1) + "\n")
     if args.sheet is not None:
         with user_input(f"--sheet {args.sheet} can not be written"):
+            args.sheet.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(result.rows).save(args.sheet)
     return 0
 
@@ -160,28 +169,27 @@ def _yardstick(args: argparse.Namespace) -> int:
     from gen3r_engine.evaluation.yardstick_report import json_rows, markdown
 
     config = engine_config(args)
+    with user_input():
+        options = YardstickOptions(
+            checkpoint=args.pretrained_model_name_or_path, config=config, **_settings(args)
+        )
     with user_input("--knobs"):
         knobs = choose(all_knobs(config), args.knobs or ("*",))
     if args.without is not None:
         with user_input("--without"):
             left_out = choose(all_knobs(config), args.without)
         knobs = [knob for knob in knobs if knob not in left_out]
-    with user_input():
-        options = YardstickOptions(
-            checkpoint=args.pretrained_model_name_or_path, config=config, **_settings(args)
-        )
     with user_input(), StageProgress() as progress:
         found = run_yardstick(options, knobs, progress, args.commit)
     table = markdown(found)
     if args.markdown is None:
         print(table)
     else:
-        _write(args.markdown, table + "\n")
+        write_file("--markdown", args.markdown, table + "\n")
     if args.json is not None:
-        _write(args.json, "".join(json.dumps(row) + "\n" for row in json_rows(found)))
+        rows = "".join(json.dumps(row) + "\n" for row in json_rows(found))
+        write_file("--json", args.json, rows)
     return 0
 
 
-def _write(path: Path, text: str) -> None:
-    with user_input(f"{path} can not be written", (OSError,)):
-        path.write_text(text, encoding="utf-8")
+RUN = {"nano": _nano, "yardstick": _yardstick, "paper": _paper}

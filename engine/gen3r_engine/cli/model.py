@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from gen3r_engine.engine import Engine
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that runs a model."""
+def add_model_arguments(parser: argparse.ArgumentParser, batch: str = "1") -> None:
+    """The flags of every command that runs a model. batch : its default, for the help."""
     add = parser.add_argument
     add(
         "--pretrained_model_name_or_path",
@@ -25,7 +25,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_ID",
         help="folder or hub id of a checkpoint; default: the small embedded model",
     )
-    add("--batch", type=int, default=1, help="most scenes per pass of the model (default: 1)")
+    add(
+        "--batch", type=int, default=1, help=f"most scenes per pass of the model (default: {batch})"
+    )
     add("--dtype", choices=("float32", "bfloat16"), help="default: by device")
     add(
         "--encoder-precision",

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _UPSTREAM_FRAMES = 49  # a video is read no further than this unless --frames says otherwise
 
+FEWEST_FRAMES = 5  # of a clip that is judged: cameras are judged in pairs
+SIZE_STEP = 56  # pixels, see `SceneRequest`
+
 
 @dataclass(frozen=True)
 class SceneFlags:
@@ -98,6 +101,19 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if match is None:
         raise InputError(f"size '{text}' is not a size; use a multiple of 56 or HEIGHTxWIDTH")
     return int(match[1]), int(match[2] or match[1])
+
+
+def check_clip(frames: int | None, size: int | None) -> None:
+    """InputError where held-out clips cannot have --frames and --size; None: the model's own."""
+    if frames is not None and (frames < FEWEST_FRAMES or frames % 4 != 1):
+        lower = max(FEWEST_FRAMES, (frames - 1) // 4 * 4 + 1)
+        near = f"{lower} or {lower + 4}" if frames > lower else str(lower)
+        raise InputError(
+            f"--frames {frames}: a clip has 4k + 1 frames, {FEWEST_FRAMES} or more; use {near}"
+        )
+    if size is not None and (size < SIZE_STEP or size % SIZE_STEP):
+        near = str(max(SIZE_STEP, round(size / SIZE_STEP) * SIZE_STEP))
+        raise InputError(f"--size {size} is not a multiple of {SIZE_STEP} pixels; use {near}")
 
 
 def read_plans(args: argparse.Namespace) -> list[Plan]:

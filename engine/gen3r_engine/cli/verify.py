@@ -19,11 +19,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen3r.folders import check_writable
 from gen3r_engine.cli.errors import UsageError, user_input
+from gen3r_engine.cli.files import check_file, write_file
 from gen3r_engine.cli.model import add_model_arguments, engine_config, model_defaults
 from gen3r_engine.cli.progress import StageProgress, note
-from gen3r_engine.cli.requests import parse_size, read_plans
+from gen3r_engine.cli.requests import check_clip, parse_size, read_plans
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,10 +66,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--steps {args.steps} is below 1; use 1 or more")
     if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise UsageError(f"--guidance {args.guidance} is out of range; use 5 (1 turns it off)")
-    _check_yardstick(args)
-    if args.json is not None:  # known before minutes are spent
-        with user_input(f"--json {args.json} can not be written", (OSError,)):
-            check_writable(args.json.parent)
+    _check_clips(args)
+    check_file("--json", args.json)
     config = engine_config(args)
     with user_input():
         request = _request(args)
@@ -96,19 +94,23 @@ def main(args: argparse.Namespace) -> int:
     if args.yardstick:
         values["yardstick"] = _yardstick(args, config)
     if args.json is not None:
-        with user_input(f"--json {args.json} can not be written", (OSError,)):
-            args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_file("--json", args.json, json.dumps(values, indent=1) + "\n")
     return 0 if found.passed else 1
 
 
-def _check_yardstick(args: argparse.Namespace) -> None:
+def _check_clips(args: argparse.Namespace) -> None:
     if args.scenes is not None and not args.yardstick:
         raise UsageError("--scenes belongs to --yardstick; give both or leave it out")
     if args.scenes is not None and args.scenes < 1:
         raise UsageError(f"--scenes {args.scenes} is below 1; use 1 or more")
-    sides = parse_size(args.size)
-    if args.yardstick and sides is not None and sides[0] != sides[1]:
+    with user_input("--size"):
+        sides = parse_size(args.size)
+    if not args.yardstick:
+        return
+    if sides is not None and sides[0] != sides[1]:
         raise UsageError(f"--size {args.size}: held-out scenes are square; use --size {sides[0]}")
+    with user_input():
+        check_clip(args.frames, None if sides is None else sides[0])
 
 
 def _yardstick(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:

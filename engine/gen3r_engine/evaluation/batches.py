@@ -11,9 +11,6 @@ from torch import Tensor
 from gen3r import cameras as camera_maths
 from gen3r.scene import Cameras, SceneRequest
 
-# Initial noise [N, 16, f, h, 2 w] and posterior draws [N, 16, f, h, w]; None: from the seeds.
-Noise = tuple[Tensor | None, Tensor | None]
-
 
 @dataclass(frozen=True)
 class Generated:
@@ -49,12 +46,6 @@ def _there(value: Tensor | None, name: str) -> Tensor:
     if value is None:
         raise ValueError(f"{name} was not decoded; name it in `need`")
     return value
-
-
-def take_noise(noise: Noise | None, rows: list[int]) -> Noise:
-    """The noise of some scenes."""
-    latents, draws = (None, None) if noise is None else noise
-    return None if latents is None else latents[rows], None if draws is None else draws[rows]
 
 
 def stack_views(

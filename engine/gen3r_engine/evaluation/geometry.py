@@ -124,7 +124,7 @@ def farthest_points(
 def _boxes(cloud: Floats) -> tuple[Floats, NDArray[np.int64]]:  # [B, m, 3], [B, m]
     """The points in 2^n boxes of equal count: halved n times at the median of the longest side.
 
-    The index is -1 where a box was filled up (with a copy of the cloud's first point).
+    The index is -1 where a box was filled up (with a copy of the cloud's last point).
     """
     levels = max(0, math.ceil(math.log2(len(cloud) / BOX)))
     filled = -len(cloud) % 2**levels
@@ -282,38 +282,28 @@ def pose_auc(
 def depth_abs_rel(
     predicted: Array,  # [...]
     truth: Array,  # [...], same shape
-    mask: Array | None = None,  # [...] bool; None: where the truth is above 0
-    align: str = "median",
 ) -> float:
-    """Mean |predicted - truth| / truth over the mask.
+    """Mean |predicted - truth| / truth over the pixels whose truth is above 0.
 
-    Parameters
-    ----------
-    mask : pixels that count, among those whose truth is above 0.
-    align : ``median`` multiplies the prediction by the median of truth / prediction over all
-        given pixels together (one factor a call); ``none`` takes it as it is.
+    The prediction is multiplied by the median of truth / prediction over those pixels (where it is
+    above 0 itself): one factor a call.
 
     Raises
     ------
     ValueError : shapes that do not agree, no pixel that counts, values that are not finite there,
-        an unknown alignment, or a median that cannot be taken.
+        or a median that cannot be taken.
     """
-    if align not in ("median", "none"):
-        raise ValueError(f"align '{align}' is unknown; known: median, none")
     predicted, truth = float64(predicted), float64(truth)
     if predicted.shape != truth.shape:
         raise ValueError(f"depth of {list(predicted.shape)} against {list(truth.shape)}")
     counts = truth > 0
-    if mask is not None:
-        counts &= np.broadcast_to(float64(mask) > 0, truth.shape)
     predicted, truth = predicted[counts], truth[counts]
     if truth.size == 0:
-        raise ValueError("no pixel of the mask has a true depth above 0")
+        raise ValueError("no pixel has a true depth above 0")
     if not (np.isfinite(predicted).all() and np.isfinite(truth).all()):
-        raise ValueError("depth within the mask holds NaN or infinity")
-    if align == "median":
-        positive = predicted > 0
-        if not positive.any():
-            raise ValueError("no predicted depth above 0: there is no median to align by")
-        predicted = predicted * np.median(truth[positive] / predicted[positive])
+        raise ValueError("depth holds NaN or infinity")
+    positive = predicted > 0
+    if not positive.any():
+        raise ValueError("no predicted depth above 0: there is no median to align by")
+    predicted = predicted * np.median(truth[positive] / predicted[positive])
     return float(np.mean(np.abs(predicted - truth) / truth))

@@ -16,6 +16,7 @@ SEED = 770_077  # of the clips: another one than training's
 RENDERED = 8  # clips rendered together
 BASELINE = 32  # training clips whose mean depth is the trivial answer
 ANOTHER = 100_003  # between the noise seeds of two runs that shall not share noise
+UNSEEN = {"1view": slice(1, None), "2view": slice(1, -1)}  # frames that the task does not give
 
 
 def held_out(
@@ -70,7 +71,7 @@ def true_w2c(clips: Clips) -> Tensor:  # [N, F, 4, 4] float64, world to camera, 
 def requests(
     clips: Clips,
     task: str,
-    cameras: str | Sequence[str] = "true",
+    cameras: str = "true",
     captions: Sequence[str] | None = None,
     noise: int = 0,
 ) -> list[SceneRequest]:
@@ -78,7 +79,7 @@ def requests(
 
     Parameters
     ----------
-    cameras : ``true`` (the clip's own path; not for allview), a built-in move or one a clip.
+    cameras : ``true`` (the clip's own path; not for allview) or a built-in move.
     captions : in place of the clips' own.
     noise : scene n draws its noise from seed noise + n.
 
@@ -93,10 +94,8 @@ def requests(
         w2c = true_w2c(clips)
         k = clips.intrinsics.cpu().double()[:, None].expand(-1, frames, -1, -1)
         paths = [Cameras(pose, one) for pose, one in zip(w2c, k, strict=True)]
-    elif isinstance(cameras, str):
-        paths = ["free" if cameras == "true" else cameras] * len(clips)
     else:
-        paths = list(cameras)
+        paths = ["free" if cameras == "true" else cameras] * len(clips)
     texts = clips.captions if captions is None else captions
     return [
         SceneRequest(

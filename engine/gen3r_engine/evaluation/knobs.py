@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,14 +29,13 @@ GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.0)
 class Knob:
     """One change of the reference.
 
-    name, about : of the row. config : changes of `EngineConfig`. sampling : of steps, solver and
+    name : of the row. config : changes of `EngineConfig`. sampling : of steps, solver and
     guidance. noise : first seed of the scenes' noise. precision : put onto the transformer once it
     is loaded. reference : the operators are plain PyTorch, which take models that the kernels do
     not. cuda : it needs a GPU.
     """
 
     name: str
-    about: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     noise: int = 0
@@ -48,6 +47,16 @@ class Knob:
         """What an engine must be loaded anew for; config : of the reference."""
         return replace(config, **self.config), self.precision, self.reference
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the knob sets, as plain JSON values."""
+        own: dict[str, Any] = {**self.sampling, **self.config}
+        if self.precision is not None:
+            own["precision"] = asdict(self.precision)
+        if self.reference:
+            own["operators"] = "reference"
+        return own
+
     def problem(self, cuda: bool) -> str:
         """Why it cannot be had here; empty where it may."""
         return "needs a GPU" if self.cuda and not cuda else ""
@@ -55,41 +64,35 @@ class Knob:
 
 def all_knobs(config: EngineConfig) -> list[Knob]:
     """Every knob that there is. config : of the reference; knobs name what differs from it."""
-    knobs = [Knob("another seed", "exact from other noise", noise=ANOTHER)]
+    knobs = [Knob("another seed", noise=ANOTHER)]
     fp8: dict[str, Any] = {"preset": "fp8"}
-    knobs.append(Knob("fp8", "8-bit products and scores", fp8, cuda=True))
+    knobs.append(Knob("fp8", fp8, cuda=True))
     # The kernel for 8-bit scores takes heads of 128 channels alone: for a model with others its row
     # says so, and what remains are the products, and the whole preset with plain operators.
     products = Precision(linears="fp8")
-    knobs.append(Knob("fp8 products alone", "scores in bfloat16", precision=products, cuda=True))
+    knobs.append(Knob("fp8 products alone", precision=products, cuda=True))
     plain = {**fp8, "captured": False, "compiled": False}
-    knobs.append(Knob("fp8, plain operators", "slow", plain, reference=True, cuda=True))
-    knobs += [Knob(d, "dtype of all weights", {"dtype": d}) for d in DTYPES]
+    knobs.append(Knob("fp8, plain operators", plain, reference=True, cuda=True))
+    knobs += [Knob(d, {"dtype": d}) for d in DTYPES]
     knobs += [
-        Knob(f"attention {b.name}", "8-bit scores", {"attention": b.name}, cuda=b.cuda_only)
+        Knob(f"attention {b.name}", {"attention": b.name}, cuda=b.cuda_only)
         for b in ATTENTION_BACKENDS.values()
         if not b.exact
     ]
     knobs += [
-        Knob(f"encoder {p}", "precision of the views' encoder", {"encoder_precision": p})
+        Knob(f"encoder {p}", {"encoder_precision": p})
         for p in ENCODER_PRECISIONS
         if p != config.encoder_precision
     ]
-    knobs += [
-        Knob(t, "weights leave the GPU between stages", {"residency": t}, cuda=True)
-        for t in TIERS[1:]
-    ]
+    knobs += [Knob(t, {"residency": t}, cuda=True) for t in TIERS[1:]]
     name = "not compiled" if config.compiled else "compiled"
-    about = "torch.compile of the blocks"
-    knobs.append(Knob(name, about, {"compiled": not config.compiled}, cuda=True))
+    knobs.append(Knob(name, {"compiled": not config.compiled}, cuda=True))
     knobs += [
-        Knob(f"{solver} {n}", "solver and steps", sampling={"solver": solver, "steps": n})
+        Knob(f"{solver} {n}", sampling={"solver": solver, "steps": n})
         for solver in SOLVERS
         for n in STEPS
     ]
-    knobs += [
-        Knob(f"guidance {g:g}", "1: one branch only", sampling={"guidance": g}) for g in GUIDANCE
-    ]
+    knobs += [Knob(f"guidance {g:g}", sampling={"guidance": g}) for g in GUIDANCE]
     return knobs
 
 

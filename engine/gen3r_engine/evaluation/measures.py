@@ -120,8 +120,8 @@ def cloud_errors(
     for n in range(len(depth)):
         known = (true_depth[n] > 0).flatten().nonzero().flatten()
         chosen = known[torch.randperm(len(known), generator=generator)[:CLOUD_POINTS]]
-        found = world_points(depth[n], w2c[n], intrinsics[n]).flatten(0, 2)[chosen]
-        truth = world_points(true_depth[n], true_w2c[n], true_intrinsics[n]).flatten(0, 2)[chosen]
+        found = unproject(depth[n], w2c[n], intrinsics[n], chosen)
+        truth = unproject(true_depth[n], true_w2c[n], true_intrinsics[n], chosen)
         a, c = math.inf, math.inf
         if bool(found.isfinite().all()) and bool((found != found[0]).any()):
             aligned = geometry.transform(found, *geometry.umeyama(found, truth))
@@ -131,19 +131,18 @@ def cloud_errors(
     return tuple(accuracy), tuple(completeness)
 
 
-def world_points(
+def unproject(
     depth: Tensor,  # [F, H, W] along the optical axis
     w2c: Tensor,  # [F, 4, 4]
     intrinsics: Tensor,  # [F, 3, 3] pixels
-) -> Tensor:  # [F, H, W, 3] float64
-    """World points of all pixel centres (+0.5)."""
-    height, width = depth.shape[-2:]
-    rows = torch.arange(height, dtype=torch.float64) + 0.5
-    columns = torch.arange(width, dtype=torch.float64) + 0.5
-    v, u = torch.meshgrid(rows, columns, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)]).flatten(1)
-    local = torch.linalg.inv(intrinsics.double()) @ pixels  # [F, 3, H W]
-    local = local * depth.double().flatten(1)[:, None]
-    c2w = torch.linalg.inv(w2c.double())
-    world = c2w[:, :3, :3] @ local + c2w[:, :3, 3:]
-    return world.transpose(1, 2).unflatten(1, (height, width))
+    index: Tensor,  # [N] pixels, numbered through all frames
+) -> Tensor:  # [N, 3] float64
+    """World points of some pixels, taken at the pixels' centres (+0.5)."""
+    _, height, width = depth.shape
+    frame, rest = index // (height * width), index % (height * width)
+    v, u = rest // width + 0.5, rest % width + 0.5
+    pixels = torch.stack([u, v, torch.ones_like(u)], -1).double()
+    rays = torch.einsum("nij,nj->ni", torch.linalg.inv(intrinsics.double())[frame], pixels)
+    camera = rays * depth.flatten()[index, None].double()
+    c2w = torch.linalg.inv(w2c.double())[frame]
+    return torch.einsum("nij,nj->ni", c2w[:, :3, :3], camera) + c2w[:, :3, 3]

@@ -45,7 +45,7 @@ class NanoOptions:
     parts : of `PARTS`.
     frames, size : of a clip, size in pixels; None: the model's own.
     steps, guidance, solver, batch : as `Sampler`.
-    seed : of the clips. noise : first seed of the generated scenes' noise.
+    seed : of the clips. Scene n draws its noise from seed n.
 
     Raises
     ------
@@ -61,21 +61,22 @@ class NanoOptions:
     solver: str = "euler"
     batch: int = 8
     seed: int = SEED
-    noise: int = 0
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise ValueError(f"part '{''.join(unknown[:1])}' is unknown; known: {', '.join(PARTS)}")
-        if self.scenes < 1:
-            raise ValueError(f"scenes {self.scenes} is below 1; use 1 or more")
+        for name in ("scenes", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; use 1 or more")
 
 
 @dataclass
 class NanoResult:
     """Everything that was measured.
 
-    seconds : of every part, rendering under ``clips``. rows : for the contact sheet.
+    seconds : of every part, rendering under ``clips``. clip_moves : the camera move of every scene,
+    a built-in one or ``random``. rows : for the contact sheet.
     """
 
     options: NanoOptions
@@ -85,12 +86,8 @@ class NanoResult:
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    clip_moves: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
-
-    @property
-    def holds(self) -> bool:
-        """Whether every bar that was measured is reached."""
-        return all(figure.holds is not False for figure in self.figures)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -98,6 +95,7 @@ class NanoResult:
             "suite": "nano",
             **self.facts,
             "settings": asdict(self.options),
+            "clip_moves": list(self.clip_moves),
             "seconds": {name: plain(value) for name, value in self.seconds.items()},
             "stage_seconds": {name: plain(value) for name, value in self.stages.items()},
             "figures": [figure.to_dict() for figure in self.figures],
@@ -121,11 +119,16 @@ class NanoResult:
 
 
 def run_nano(
-    engine: Engine, options: NanoOptions, told: Told | None = None, commit: str | None = None
+    engine: Engine,
+    options: NanoOptions,
+    told: Told | None = None,
+    commit: str | None = None,
+    checkpoint: str | None = None,
 ) -> NanoResult:
     """Measure all parts on one engine; nothing else may run on it meanwhile.
 
     told : called with (part, scenes done, scenes in all). commit : see `record.environment`.
+    checkpoint : what the engine was loaded from, for the record; None: the embedded model.
 
     Raises
     ------
@@ -136,17 +139,21 @@ def run_nano(
     own = engine.pipeline.config
     frames = own.num_frames if options.frames is None else options.frames
     size = own.size if options.size is None else options.size
-    result = NanoResult(options)
+    facts = {
+        "model": model_facts(engine, checkpoint),
+        "environment": environment(engine.device, commit),
+    }
+    result = NanoResult(options, facts=facts)
     started = time.perf_counter()
     told("clips", 0, options.scenes)
     numbers = range(options.scenes)
     clips = held_out(numbers, seed=options.seed, frames=frames, size=size, device=engine.device)
     told("clips", options.scenes, options.scenes)
     result.seconds["clips"] = time.perf_counter() - started
-    context = Context(engine, sampler, clips, options.seed, told, options.noise)
+    result.clip_moves = clips.moves
+    context = Context(engine, sampler, clips, options.seed, told)
     _measure(context, result)
     result.stages = dict(sampler.seconds)
-    result.facts = {"model": model_facts(engine), "environment": environment(engine.device, commit)}
     result.rows = _rows(context)
     return result
 

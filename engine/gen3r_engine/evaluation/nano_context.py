@@ -23,7 +23,7 @@ SHOWN = 3  # scenes of a contact sheet
 class Context:
     """One run of the suite.
 
-    seed : of the clips. noise : first seed of the generated scenes' noise.
+    seed : of the clips.
     kept : part -> generated frames and depth of the first scenes, for a contact sheet.
     """
 
@@ -32,7 +32,6 @@ class Context:
     clips: Clips
     seed: int
     told: Told
-    noise: int = 0
     kept: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
     def keep(

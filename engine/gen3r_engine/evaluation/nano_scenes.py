@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gen3r_engine.evaluation import measures, moves, text_colors
 from gen3r_engine.evaluation.figures import Figure
-from gen3r_engine.evaluation.held_out import ANOTHER, held_out, requests
+from gen3r_engine.evaluation.held_out import ANOTHER, UNSEEN, held_out, requests
 from gen3r_engine.evaluation.nano_context import Context
 
 DEPTH_BAR, ALLVIEW_AUC_BAR, ONE_VIEW_AUC_BAR = 0.10, 0.7, 0.6
@@ -16,12 +16,11 @@ GAIN_BAR = 2.0  # dB over the repeated first frame
 MOVES_BAR = 0.8  # share of paths that are named as asked; guessing gives 1/6
 P_BAR = 0.05
 GEOMETRY = frozenset({"depth", "cameras"})
-MIDDLE, AFTER_FIRST = slice(1, -1), slice(1, None)  # frames that the task does not give
 
 
 def allview_part(context: Context) -> list[Figure]:
     """Reconstruction: all frames are given, the geometry comes through the transformer."""
-    asked = requests(context.clips, "allview", noise=context.noise)
+    asked = requests(context.clips, "allview")
     found = context.sampler.generate(asked, told=lambda n, m: context.told("allview", n, m))
     context.keep("allview", found.video, found.depths)
     assert found.intrinsics is not None
@@ -54,10 +53,10 @@ def allview_part(context: Context) -> list[Figure]:
 
 def two_view_part(context: Context) -> list[Figure]:
     """The first and the last frame and the cameras are given; the frames between are judged."""
-    asked = requests(context.clips, "2view", noise=context.noise)
+    asked = requests(context.clips, "2view")
     found = context.sampler.generate(asked, told=lambda n, m: context.told("2view", n, m))
     context.keep("2view", found.video, found.depths)
-    figures, gain = _against_first_frame(context, "2view", found.video, MIDDLE)
+    figures, gain = _against_first_frame(context, "2view", found.video)
     return [
         Figure("2view", "PSNR gain over the first frame", "dB", gain, GAIN_BAR),
         *figures,
@@ -72,10 +71,10 @@ def two_view_part(context: Context) -> list[Figure]:
 
 def one_view_part(context: Context) -> list[Figure]:
     """The first frame and the cameras are given; do the generated cameras follow them?"""
-    asked = requests(context.clips, "1view", noise=context.noise)
+    asked = requests(context.clips, "1view")
     found = context.sampler.generate(asked, told=lambda n, m: context.told("1view", n, m))
     context.keep("1view", found.video, found.depths)
-    figures, _ = _against_first_frame(context, "1view", found.video, AFTER_FIRST)
+    figures, _ = _against_first_frame(context, "1view", found.video)
     auc = measures.pose_aucs(found.poses, context.true_w2c)
     return [
         *context.pose_figures("1view", "pose AUC@30 against the asked path", auc, ONE_VIEW_AUC_BAR),
@@ -84,10 +83,10 @@ def one_view_part(context: Context) -> list[Figure]:
 
 
 def _against_first_frame(
-    context: Context, part: str, video: Tensor, frames: slice
+    context: Context, part: str, video: Tensor
 ) -> tuple[list[Figure], tuple[float, ...]]:
     """PSNR, SSIM and LPIPS of the frames that were not given, and the gain in PSNR."""
-    truth = context.clips.rgb
+    truth, frames = context.clips.rgb, UNSEEN[part]
     first = measures.repeat_first(truth)
     psnr = measures.frame_psnr(video, truth, frames)
     still = measures.frame_psnr(first, truth, frames)
@@ -120,8 +119,7 @@ def moves_part(context: Context) -> tuple[list[Figure], Moves]:
     clips, names = context.clips, moves.MOVES
     asked, wanted = [], []
     for index, name in enumerate(names):
-        noise = context.noise + (index + 1) * ANOTHER
-        asked += requests(clips, "1view", name, noise=noise)
+        asked += requests(clips, "1view", name, noise=(index + 1) * ANOTHER)
         wanted += [name] * len(clips)
     told = context.told
     found = context.sampler.generate(asked, GEOMETRY, lambda n, m: told("moves", n, m))
@@ -153,8 +151,7 @@ def text_part(context: Context, count: int) -> tuple[list[Figure], list[text_col
         move=text_colors.MOVE,
     )
     captions = text_colors.swapped(clips.captions, cases)
-    asked = requests(clips, "1view", noise=context.noise)
-    asked += requests(clips, "1view", captions=captions, noise=context.noise)
+    asked = [*requests(clips, "1view"), *requests(clips, "1view", captions=captions)]
     told = context.told
     both = context.sampler.generate(asked, frozenset({"rgb"}), lambda n, m: told("text", n, m))
     video = both.video

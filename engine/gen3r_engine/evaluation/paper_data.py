@@ -41,6 +41,7 @@ DATA_SETS = {
     "wildrgbd": DataSet("WildRGB-D", 300, True),
     "tartanair": DataSet("TartanAir", 80, True),
 }
+LEAST_DEPTH = 3  # pixels: fewer points do not fix an alignment
 ALIASES = {"re10k": "realestate10k", "co3dv2": "co3d"}
 
 
@@ -98,41 +99,73 @@ def parse_roots(texts: Sequence[str]) -> dict[str, Path]:
     return roots
 
 
-def choose_clips(
-    dataset: str,
-    root: Path,
-    split: str,
-    *,
-    count: int,
-    frames: int,
-    stride: int,
-    seed: int,
-) -> tuple[list[ClipPlace], dict[str, str]]:  # clips, scenes left out with the reason
-    """Up to `count` scenes in an order drawn by the seed, and a clip of each.
+class Draw:
+    """Up to `count` scenes of a data set in an order drawn by the seed, and a clip of each.
 
-    A scene that is too short or does not fit the layout gives its place to the next one.
+    A scene that is too short or does not fit the layout gives its place to the next one, and so
+    does one that `leave_out` is called with.
+
+    Attributes
+    ----------
+    clips : those that are taken. left_out : scenes that are not, by name, with the reason.
 
     Raises
     ------
     ValueError : no split, no scenes, or none that can be used.
     """
-    drawn = sorted(
-        scene_paths(root, split), key=lambda path: derive_seed("paper", seed, dataset, path.name)
-    )
-    chosen: list[ClipPlace] = []
-    left_out: dict[str, str] = {}
-    for path in drawn:
-        if len(chosen) == count:
-            break
-        try:
-            scene = read_scene(path)
-            chosen.append(ClipPlace(dataset, scene, _rows(scene, frames, stride, seed)))
-        except (ValueError, OSError) as error:
-            left_out[path.name] = str(error)
-    if not chosen:
-        name, reason = next(iter(left_out.items()))
-        raise ValueError(f"--data {dataset}: none of {len(drawn)} scenes fits; {name}: {reason}")
-    return chosen, left_out
+
+    def __init__(
+        self,
+        dataset: str,
+        root: Path,
+        split: str,
+        *,
+        count: int,
+        frames: int,
+        stride: int,
+        seed: int,
+    ) -> None:
+        def place(path: Path) -> int:
+            return derive_seed("paper", seed, dataset, path.name)
+
+        self.dataset, self.clips, self.left_out = dataset, list[ClipPlace](), dict[str, str]()
+        self._frames, self._stride, self._seed = frames, stride, seed
+        self._rest = iter(sorted(scene_paths(root, split), key=place))
+        while len(self.clips) < count and self._next() is not None:
+            pass
+        self._check()
+
+    def leave_out(self, clip: ClipPlace, reason: str) -> ClipPlace | None:
+        """Take another scene in place of this one, which cannot be used; None: there is none.
+
+        Raises
+        ------
+        ValueError : it was the last one.
+        """
+        self.clips.remove(clip)
+        self.left_out[clip.name] = reason
+        found = self._next()
+        self._check()
+        return found
+
+    def _next(self) -> ClipPlace | None:
+        for path in self._rest:
+            try:
+                scene = read_scene(path)
+                rows = _rows(scene, self._frames, self._stride, self._seed)
+            except (ValueError, OSError) as error:
+                self.left_out[path.name] = str(error)
+                continue
+            self.clips.append(ClipPlace(self.dataset, scene, rows))
+            return self.clips[-1]
+        return None
+
+    def _check(self) -> None:
+        if not self.clips:
+            name, reason = next(iter(self.left_out.items()))
+            raise ValueError(
+                f"--data {self.dataset}: none of {len(self.left_out)} scenes fits; {name}: {reason}"
+            )
 
 
 def _rows(scene: SceneFolder, frames: int, stride: int, seed: int) -> tuple[int, ...]:
@@ -149,14 +182,17 @@ def read_truth(place: ClipPlace, size: int, with_depth: bool) -> Truth:
 
     Raises
     ------
-    ValueError : a frame or a depth map that cannot be read or does not fit.
+    ValueError : a frame or a depth map that cannot be read or does not fit, or too little depth to
+        align points by.
     """
     scene, rows = place.scene, list(place.rows)
     clip = read_clip(scene, rows, size)
     if clip.unreadable:
-        raise ValueError(f"{place.name}: {clip.unreadable[0]} cannot be read")
+        raise ValueError(f"{clip.unreadable[0]} cannot be read")
     c2w = relative_poses(invert_pose(scene.extrinsics[rows]))
     depth = read_depth(scene, rows, size) if with_depth and scene.depth is not None else None
+    if depth is not None and int((depth > 0).sum()) < LEAST_DEPTH:
+        raise ValueError(f"fewer than {LEAST_DEPTH} pixels of the clip have a depth")
     prompt = scene.captions[0] if scene.captions else ""
     return Truth(clip.frames, invert_pose(c2w), clip.intrinsics.double(), depth, prompt)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,13 +14,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from gen3r.pipeline import Gen3RPipeline
 from gen3r_engine.evaluation.paper_data import DATA_SETS
 from gen3r_engine.evaluation.paper_published import PUBLISHED
 from gen3r_engine.evaluation.paper_scores import FIGURES, figures_of
 
 Row = dict[str, Any]
-SAMPLED = 64  # values of every tensor that a digest of the weights looks at
 
 
 @dataclass
@@ -61,13 +58,14 @@ class Rows:
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.kept)
 
     def add(self, key: Row, figures: dict[str, float]) -> None:
-        """Append a row and have it on disk before the next scene begins.
+        """Append a row and have it on disk before the next scene begins; folders are made.
 
         Raises
         ------
         OSError : the file cannot be written.
         """
         row = {**key, "figures": figures, "settings": self.settings}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             if size:
@@ -76,19 +74,6 @@ class Rows:
                     file.write(b"\n")
             file.write(json.dumps(row).encode() + b"\n")
         self.kept.append(row)
-
-
-def weights_digest(pipeline: Gen3RPipeline) -> str:
-    """Tells two sets of weights apart: some values of every tensor but the text encoder's."""
-    digest = hashlib.sha256()
-    for component in ("transformer", "wan_vae", "geo_adapter", "vggt", "clip_image_encoder"):
-        for name, value in getattr(pipeline, component).state_dict().items():
-            flat = value.detach().reshape(-1)
-            step = max(1, len(flat) // SAMPLED)
-            some = flat[::step][:SAMPLED].float().cpu().contiguous()
-            digest.update(f"{component} {name} {list(value.shape)}".encode())
-            digest.update(some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def measured(rows: Sequence[Row], dataset: str, task: str, figure: str) -> list[float]:

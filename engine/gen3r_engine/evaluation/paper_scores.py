@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gen3r.scene import Scene
-from gen3r_engine.evaluation import geometry, images
+from gen3r_engine.evaluation import geometry, images, measures
 from gen3r_engine.evaluation.geometry import Floats
 from gen3r_engine.evaluation.paper_data import Truth
 
@@ -73,6 +73,9 @@ def score(
 ) -> dict[str, float]:
     """Those of the figures that can be measured.
 
+    Generated cameras that are not finite have an AUC of 0 and no RRE and RTE; points that are not,
+    or all coincide, have no accuracy and completeness.
+
     Parameters
     ----------
     lpips_net : None where LPIPS is not measured. seed : of the points that are drawn.
@@ -80,7 +83,7 @@ def score(
 
     Raises
     ------
-    ValueError : a scene of another size than the truth, or points without a fit.
+    ValueError : a scene of another size than the truth.
     """
     found: dict[str, float] = {}
     if "psnr" in figures:
@@ -91,8 +94,11 @@ def score(
             found["lpips"] = float(images.lpips(rgb, frames, lpips_net).mean())
     if "chamfer" in figures and truth.depth is not None:
         values = cloud_errors(scene.points, truth, seed)
-        found |= dict(zip(GEOMETRY, values, strict=True))
-    if "auc30" in figures:
+        if values is not None:
+            found |= dict(zip(GEOMETRY, values, strict=True))
+    if "auc30" in figures and not bool(scene.extrinsics.isfinite().all()):
+        found["auc30"] = 0.0
+    elif "auc30" in figures:
         rre, rte = geometry.relative_pose_errors(
             scene.extrinsics, truth.w2c, least=0.0, folded=True
         )
@@ -105,14 +111,16 @@ def cloud_errors(
     points: Tensor,  # [F, S, S, 3] generated, any world frame and scale
     truth: Truth,
     seed: int,
-) -> tuple[float, float, float]:  # accuracy, completeness, Chamfer; in the truth's unit
-    """Align, thin out, compare.
+) -> tuple[float, float, float] | None:  # accuracy, completeness, Chamfer; in the truth's unit
+    """Align, thin out, compare; None where the generated points cannot be aligned.
 
     Raises
     ------
-    ValueError : shapes that do not agree, or fewer than 3 pixels with both depths.
+    ValueError : shapes that do not agree.
     """
     predicted, true = corresponding(points, truth, seed)
+    if len(predicted) < 3 or not (predicted != predicted[0]).any():
+        return None
     predicted = geometry.transform(predicted, *geometry.umeyama(predicted, true))
     # One seed: clouds that are equal stay equal when they are thinned out.
     clouds = [cloud[geometry.farthest_points(cloud, POINTS, seed)] for cloud in (predicted, true)]
@@ -136,22 +144,9 @@ def corresponding(
         raise ValueError(f"points of {list(points.shape)} for true depth of {shape}")
     valid = (depth > 0) & torch.isfinite(depth) & torch.isfinite(points).all(-1)
     index = valid.flatten().nonzero().flatten().numpy()
-    if len(index) < 3:
-        raise ValueError(f"{len(index)} pixels have a true depth and a generated one; 3 are needed")
     if len(index) > PIXELS:
         index = np.sort(np.random.default_rng(seed).choice(index, PIXELS, replace=False))
     predicted = points.reshape(-1, 3)[index].double().numpy()
-    return predicted, _unproject(depth, truth, torch.from_numpy(index))
-
-
-def _unproject(depth: Tensor, truth: Truth, index: Tensor) -> Floats:  # [N, 3] float64
-    """World points of some pixels (numbered through all frames), taken at the pixels' centres."""
-    _, height, width = depth.shape
-    frame, rest = index // (height * width), index % (height * width)
-    v, u = rest // width + 0.5, rest % width + 0.5
-    pixels = torch.stack([u, v, torch.ones_like(u)], -1).double()
-    rays = torch.einsum("nij,nj->ni", torch.linalg.inv(truth.intrinsics)[frame], pixels)
-    camera = rays * depth.flatten()[index, None].double()
-    c2w = torch.linalg.inv(truth.w2c)[frame]
-    world = torch.einsum("nij,nj->ni", c2w[:, :3, :3], camera) + c2w[:, :3, 3]
-    return world.numpy()
+    pixels = torch.from_numpy(index)
+    true = measures.unproject(depth, truth.w2c, truth.intrinsics, pixels)
+    return predicted, true.numpy()

@@ -2,7 +2,8 @@
 
 `Engine.generate` encodes and decodes scene by scene, which a large model needs and a small one
 spends its time on: at 112 x 112 pixels a GPU waits for launches. Here the same functions take
-batches. A scene equals the engine's own up to the rounding of batched products.
+batches. From the same noise (`Sampler.draw`) a scene equals the engine's own up to the rounding of
+batched products.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gen3r.schedulers import Schedule, make_schedule
 from gen3r.transformer import Conditions
 from gen3r.vggt import bootstrap
 from gen3r_engine.engine import Engine
-from gen3r_engine.evaluation.batches import Generated, Noise, given_paths, stack_views, take_noise
+from gen3r_engine.evaluation.batches import Generated, given_paths, stack_views
 
 TEXTS = 64  # texts that are encoded together
 Told = Callable[[int, int], None]  # scenes done, scenes in all
@@ -76,16 +77,14 @@ class Sampler:
         requests: Sequence[SceneRequest],
         need: frozenset[str] = EVERYTHING,
         told: Told | None = None,
-        noise: Noise | None = None,
     ) -> Generated:
-        """All scenes, in the order of the requests.
+        """All scenes, in the order of the requests, each from the noise of its seed (`draw`).
 
         Parameters
         ----------
         requests : of one task, length and size; views are uint8 tensors [H, W, 3] of that size.
         need : of ``rgb``, ``depth``, ``cameras``.
         told : called with (scenes done, scenes in all).
-        noise : in place of what the seeds give, which depends on the dtype.
 
         Raises
         ------
@@ -104,9 +103,7 @@ class Sampler:
                 if self.engine.denoiser.captured and len(requests) > self.batch:
                     # The last batch is filled up: another size would be captured anew.
                     rows += [stop - 1] * (self.batch - len(rows))
-                pieces.append(
-                    self._batch([requests[i] for i in rows], need, take_noise(noise, rows))
-                )
+                pieces.append(self._batch([requests[i] for i in rows], need))
                 pieces[-1] = {name: value[: stop - start] for name, value in pieces[-1].items()}
                 if told is not None:
                     told(stop, len(requests))
@@ -114,10 +111,21 @@ class Sampler:
         names = ("rgb", "depth", "w2c", "intrinsics")
         return Generated(*(joined.get(name) for name in names))
 
-    def _batch(
-        self, members: list[SceneRequest], need: frozenset[str], given: Noise
-    ) -> dict[str, Tensor]:
-        conditions, noise = self._conditions(members, given)
+    def draw(
+        self, members: Sequence[SceneRequest]
+    ) -> tuple[Tensor, Tensor]:  # [n, 16, f, h, 2 w], [n, 16, f, h, w], float32
+        """Initial noise and posterior draws of the requests' seeds, the same for every dtype.
+
+        Drawn in bfloat16 on the engine's device, as the pipeline's own dtype does on a GPU: an
+        engine in float32 gets those values too. The generators of a GPU and of the processor
+        differ, so the two have other noise.
+        """
+        device, channels = self.engine.device, self.engine.pipeline.config.transformer.out_dim
+        noise, draws = draw_noise(members, None, None, None, channels, device, torch.bfloat16)
+        return noise, draws.float()
+
+    def _batch(self, members: list[SceneRequest], need: frozenset[str]) -> dict[str, Tensor]:
+        conditions, noise = self._conditions(members)
         denoiser = self.engine.denoiser
         with self._timed("prepare"):  # compiling and capturing of a new shape
             denoiser.prepare(conditions, noise, self._schedule)
@@ -143,13 +151,12 @@ class Sampler:
                 found = tokenize_and_encode(pipeline.tokenizer, encoder, texts, limit)
                 self._features |= dict(zip(texts, found, strict=True))
 
-    def _conditions(self, members: list[SceneRequest], given: Noise) -> tuple[Conditions, Tensor]:
+    def _conditions(self, members: list[SceneRequest]) -> tuple[Conditions, Tensor]:
         """Conditions of a batch and its noise [n, 16, f, h, 2 w]."""
         pipeline, residency = self.engine.pipeline, self.engine.model.residency
-        device, dtype = self.engine.device, pipeline.dtype
+        device = self.engine.device
         first, tasks = members[0], [r.task or "" for r in members]
-        channels = pipeline.config.transformer.out_dim
-        noise, draws = draw_noise(members, None, *given, channels, device, dtype)
+        noise, draws = self.draw(members)
         with self._timed("encode views"):
             views = stack_views(members, device)  # [B, V, 3, H, W]
             cameras = self._cameras(members, views)

@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 
-from gen3r.run import draw_noise
 from gen3r.scene import SceneRequest
 from gen3r_engine.config import EngineConfig
 from gen3r_engine.engine import Engine
-from gen3r_engine.evaluation.batches import Generated, Noise
+from gen3r_engine.evaluation.batches import Generated
 from gen3r_engine.evaluation.figures import Figure
 from gen3r_engine.evaluation.held_out import SEED, held_out, requests
 from gen3r_engine.evaluation.knobs import Knob, load_engine
-from gen3r_engine.evaluation.record import environment, model_facts
+from gen3r_engine.evaluation.record import environment, model_facts, numerics
 from gen3r_engine.evaluation.sampling import Sampler
 from gen3r_engine.evaluation.yardstick_figures import to_exact, to_truth
 from gen3r_engine.presets import device_facts
+from gen3r_kernels.backends import ATTENTION_BACKENDS
 from gen3r_training.procedural import Clips
 
 Told = Callable[[str, int, int], None]
 TASKS = ("1view", "2view", "allview")
 WARM_UP_STEPS = 3
-REFERENCE = Knob("exact", "the reference")
+REFERENCE = Knob("exact")
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,15 @@ class YardstickOptions:
     Parameters
     ----------
     checkpoint : folder or hub id; None: the embedded model.
-    config : of the reference, and of all rows but for what a knob changes.
+    config : of the reference, and of all rows but for what a knob changes; it is exact.
     scenes, frames, size : of the clips; None: the model's own frames and size.
     steps, guidance, solver : of the reference. batch : scenes at once.
     tasks : of `TASKS`. seed : of the clips.
 
     Raises
     ------
-    ValueError : an unknown task, or fewer than one scene.
+    ValueError : an unknown task, fewer than one scene or step, or a config that is not exact: its
+        preset, an attention backend of 8 bits, an encoder in another precision than the model's.
     """
 
     checkpoint: str | None
@@ -67,8 +68,27 @@ class YardstickOptions:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ValueError(f"task '{''.join(unknown[:1])}' is unknown; known: {', '.join(TASKS)}")
-        if self.scenes < 1:
-            raise ValueError(f"scenes {self.scenes} is below 1; use 1 or more")
+        for name in ("scenes", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1; use 1 or more")
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        config, backend = self.config, ATTENTION_BACKENDS.get(self.config.attention)
+        changed = []  # what was asked, and the knob that is it
+        if config.preset != "exact":
+            changed.append((f"preset {config.preset}", config.preset))
+        if backend is not None and not backend.exact:
+            changed.append((f"attention {backend.name}", f"attention {backend.name}"))
+        if config.encoder_precision != "model":
+            precision = config.encoder_precision
+            changed.append((f"encoder precision {precision}", f"encoder {precision}"))
+        if changed:
+            asked, knob = changed[0]
+            raise ValueError(
+                f"{asked} cannot be the reference of the yardstick, which is the exact preset as "
+                f"it is; leave it out and compare it as a row: knob '{knob}'"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,7 @@ class YardstickRow:
 
     problem : why it was not measured, empty where it was.
     to_exact, to_truth : figures; seconds : of one scene in a batch, without compiling and
-    capturing, by stage.
+    capturing, by stage. dtype, numerics : of its engine, see `record.numerics`.
     """
 
     knob: Knob
@@ -86,6 +106,7 @@ class YardstickRow:
     to_truth: tuple[Figure, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     dtype: str = ""
+    numerics: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scene_seconds(self) -> float:
@@ -117,6 +138,8 @@ def row_dict(row: YardstickRow) -> dict[str, Any]:
         "to_exact": [figure.to_dict() for figure in row.to_exact],
         "to_truth": [figure.to_dict() for figure in row.to_truth],
         "seconds": row.seconds,
+        "dtype": row.dtype,
+        **row.numerics,
     }
 
 
@@ -193,12 +216,15 @@ class _Run:
             return self.measure(knob, found)
         except (ValueError, RuntimeError) as error:
             self.unload()
-            return YardstickRow(knob, str(error).strip().splitlines()[0])
+            text = str(error).strip() or type(error).__name__
+            return YardstickRow(knob, text.splitlines()[0])
 
     def measure(self, knob: Knob, found: Yardstick, commit: str | None = None) -> YardstickRow:
         """The knob's row; the first one becomes the reference and fills in the facts."""
         engine = self._load(knob)
         clips = self._held_out(engine)
+        if not self._reference:
+            self._record(engine, clips, found, commit)
         sampling: dict[str, Any] = {
             "steps": self.options.steps,
             "guidance": self.options.guidance,
@@ -210,20 +236,25 @@ class _Run:
         sampler = Sampler(engine, self.options.batch, **sampling)
         made = {}
         for task, members in asked.items():
-            made[task] = sampler.generate(members, noise=self._noise(engine, members))
-        if not self._reference:
-            self._reference = made
-            frames, height, width = clips.rgb.shape[1:4]
-            found.shape = frames, height, width
-            own = engine.pipeline.config.guidance_scale
-            found.guidance = own if self.options.guidance is None else self.options.guidance
-            where = environment(self.device, commit)
-            found.facts = {"model": model_facts(engine), "environment": where}
+            made[task] = sampler.generate(members)
+        self._reference = self._reference or made
         count = len(asked) * len(clips)
         seconds = {k: v / count for k, v in sampler.seconds.items() if k != "prepare"}
         against = () if made is self._reference else to_exact(made, self._reference)
         truth = to_truth(made, clips)
-        return YardstickRow(knob, "", against, truth, seconds, engine.choice.dtype)
+        own = engine.choice.dtype, numerics(engine)
+        return YardstickRow(knob, "", against, truth, seconds, *own)
+
+    def _record(self, engine: Engine, clips: Clips, found: Yardstick, commit: str | None) -> None:
+        """Where and of what the reference is made."""
+        frames, height, width = clips.rgb.shape[1:4]
+        found.shape = frames, height, width
+        own, options = engine.pipeline.config, self.options
+        found.guidance = own.guidance_scale if options.guidance is None else options.guidance
+        found.facts = {
+            "model": model_facts(engine, options.checkpoint),
+            "environment": environment(self.device, commit),
+        }
 
     def _load(self, knob: Knob) -> Engine:
         wanted = knob.engine_key(self.options.config)
@@ -257,9 +288,3 @@ class _Run:
         for members in asked.values():
             few = {**sampling, "steps": min(WARM_UP_STEPS, sampling["steps"])}
             Sampler(engine, self.options.batch, **few).generate(members[: self.options.batch])
-
-    def _noise(self, engine: Engine, members: Sequence[SceneRequest]) -> Noise:
-        """The same values for every dtype: drawn in bfloat16, as the exact preset does on a GPU."""
-        channels = engine.pipeline.config.transformer.out_dim
-        drawn = draw_noise(members, None, None, None, channels, self.device, torch.bfloat16)
-        return drawn[0], drawn[1].float()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from gen3r_engine.evaluation import measures
 from gen3r_engine.evaluation.batches import Generated
 from gen3r_engine.evaluation.figures import Figure
-from gen3r_engine.evaluation.held_out import true_w2c
+from gen3r_engine.evaluation.held_out import UNSEEN, true_w2c
 from gen3r_training.procedural import Clips
-
-UNSEEN = {"1view": slice(1, None), "2view": slice(1, -1)}  # frames that the task does not give
 
 
 def to_exact(made: dict[str, Generated], reference: dict[str, Generated]) -> tuple[Figure, ...]:

@@ -118,8 +118,8 @@ def _row(
         "steps": options.steps,
         "solver": options.solver,
         "guidance": found.guidance,
-        **row.knob.sampling,
-        **row.knob.config,
+        **row.numerics,
+        **row.knob.settings,
     }
     return {
         "suite": SUITE,
@@ -145,6 +145,7 @@ def _row(
             "repeats": len(values),
             **config,
             "settings": settings,
+            **{name: found.facts["model"][name] for name in ("checkpoint", "weights")},
             "seed": options.seed,
             "batch": options.batch,
             "versions": {k: v for k, v in versions.items() if v is not None},
