@@ -21,9 +21,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("make", [AdapterObjective, DiffusionObjective])
-def test_a_captured_step_is_a_plain_one(make: Any) -> None:
-    stage = make.name
+@pytest.mark.parametrize(
+    ("stage", "make"), [("adapter", AdapterObjective), ("diffusion", DiffusionObjective)]
+)
+def test_a_captured_step_is_a_plain_one(stage: str, make: Any) -> None:
     options = ResidentConfig(stage=stage, data=Path("data"), output=Path("out"))
     pipeline = tiny_pipeline().to("cuda", torch.bfloat16)
     clips = tiny_clips(4).to("cuda")
