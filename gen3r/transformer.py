@@ -251,7 +251,13 @@ class WanTransformer(nn.Module):
         timesteps: Tensor,  # [T]
     ) -> tuple[Tensor, Tensor]:  # [T, C] and [T, 6, C] float32
         """The time embedding, and what every block adds its own modulation to."""
-        features = sinusoidal_embedding(timesteps, self.config.freq_dim)
+        return self.embed_time(sinusoidal_embedding(timesteps, self.config.freq_dim))
+
+    def embed_time(
+        self,
+        features: Tensor,  # [T, freq_dim] float32, of `sinusoidal_embedding`
+    ) -> tuple[Tensor, Tensor]:  # [T, C] and [T, 6, C] float32
+        """`time_rows` of timesteps whose features are there."""
         e = _float32(self.time_embedding, features)
         return e, _float32(self.time_projection, e).unflatten(-1, (6, -1))
 
@@ -260,7 +266,14 @@ class WanTransformer(nn.Module):
         timesteps: Tensor,  # [T]
     ) -> Tensor:  # [T, 6 L + 2, C] float32
         """All modulation of the network at each timestep: six rows a block, then the head's two."""
-        e, e0 = self.time_rows(timesteps)
+        return self.modulation(*self.time_rows(timesteps))
+
+    def modulation(
+        self,
+        e: Tensor,  # [T, C] float32
+        e0: Tensor,  # [T, 6, C] float32
+    ) -> Tensor:  # [T, 6 L + 2, C] float32
+        """`tables` of a time embedding."""
         parts = [block.modulation.float() + e0 for block in self.typed_blocks]
         return torch.cat([*parts, self.head.modulation.float() + e[:, None]], dim=1)
 

@@ -162,18 +162,25 @@ class DenseHead(nn.Module):
         flat = [t.flatten(0, 1)[:, patch_start_idx:] for t in tokens[:4]]
         sizes = (batch * views, height, width, self.config.features)
         step = frames_per_chunk or chunk_frames(*sizes, flat[0].element_size(), CHUNK_GIB)
-        positions = self._positions((rows, columns), width / height, flat[0].device)
+        positions = self.positions((rows, columns), width / height, flat[0].device)
         chunks = [
-            self._decode([t[i : i + step] for t in flat], (rows, columns), positions)
+            self.decode([t[i : i + step] for t in flat], (rows, columns), positions)
             for i in range(0, batch * views, step)
         ]
         values, confidence = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        values = values.unflatten(0, (batch, views))
-        if not self.exponential:
-            values = inverse_log(values)
-        return values, confidence.unflatten(0, (batch, views))
+        return values.unflatten(0, (batch, views)), confidence.unflatten(0, (batch, views))
 
-    def _positions(
+    def decode(
+        self,
+        patches: Sequence[Tensor],  # 4 of [N, h * w, 2 C], any strides
+        grid: tuple[int, int],  # h, w
+        positions: Sequence[PositionTables],
+    ) -> tuple[Tensor, Tensor]:  # values [N, H, W, channels], confidence [N, H, W], float32
+        """`forward` of so many frames at once, with tables from `positions`."""
+        values, confidence = self._decode(patches, grid, positions)
+        return values if self.exponential else inverse_log(values), confidence
+
+    def positions(
         self, grid: tuple[int, int], aspect: float, device: torch.device
     ) -> list[PositionTables]:
         """Tables of the four projections, then of the full-size map."""
