@@ -22,6 +22,7 @@ SUITES = {
     "loading": "benchmarks.loading",
     "cpu": "benchmarks.cpu",
     "fusion": "benchmarks.fusion",
+    "export": "benchmarks.export.suite",
     "step": "benchmarks.engine.step",
     "fidelity": "benchmarks.engine.fidelity",
     "e2e": "benchmarks.engine.e2e",

@@ -33,13 +33,16 @@ UNITS = {
     "gbps": ("GB/s",),
     "memory": ("GiB",),
     "energy": ("J",),
+    "size": ("MB",),
     "latent_error": ("1",),
     "psnr": ("dB",),
     "lpips": ("1",),
     "abs_rel": ("1",),
     "pose_auc": ("1",),
 }
-LOWER_IS_BETTER = frozenset({"time", "memory", "energy", "latent_error", "lpips", "abs_rel"})
+LOWER_IS_BETTER = frozenset(
+    {"time", "memory", "size", "energy", "latent_error", "lpips", "abs_rel"}
+)
 COMPILE: dict[str, Any] = {"phase": "compile"}  # the config of rows that hold compile time
 LIBRARIES = (
     "transformers",
@@ -49,6 +52,8 @@ LIBRARIES = (
     "fa3-fwd",
     "flash-attn",
     "flash-attn-4",
+    "onnx",
+    "onnxruntime",
 )
 
 Row = dict[str, Any]  # a line of a results file: KEYS
