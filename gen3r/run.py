@@ -19,7 +19,7 @@ from gen3r.cameras import to_homogeneous
 from gen3r.conditioning import control_video, prepare_views
 from gen3r.scene import Scene, SceneRequest
 from gen3r.stages import Geometry, latent_shape
-from gen3r.transformer import Conditions, WanTransformer
+from gen3r.transformer import Conditions, RawConditions, WanTransformer
 from gen3r.vggt import VGGT
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -148,9 +148,20 @@ def join_conditions(
     cameras: Tensor,  # [B, 24, f, H, 2 W]
 ) -> Conditions:
     """Project a batch's inputs; with guidance both rows of a scene get the same views."""
+    given = join_inputs(texts, image, control, cameras)
+    return transformer.condition(given.text, given.image, given.control, given.cameras)
+
+
+def join_inputs(
+    texts: Sequence[Tensor],  # per row of `text_rows`, [n_i, text_dim]
+    image: Tensor,  # [B, 257, clip_dim]
+    control: Tensor,  # [B, 20, f, h, 2 w]
+    cameras: Tensor,  # [B, 24, f, H, 2 W]
+) -> RawConditions:
+    """A batch's inputs by rows; with guidance both rows of a scene get the same views."""
     repeats = len(texts) // len(image)
-    rows = (torch.cat([x] * repeats) for x in (image, control, cameras))
-    return transformer.condition(texts, *rows)
+    image, control, cameras = (torch.cat([x] * repeats) for x in (image, control, cameras))
+    return RawConditions(texts, image, control, cameras)
 
 
 def to_bytes(

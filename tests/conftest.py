@@ -76,8 +76,13 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """The golden fixtures' errors; how many tests marked `gpu` were skipped, and why."""
+    """The golden fixtures' errors; what tests recorded as their ``summary``; how many tests marked
+    `gpu` were skipped, and why."""
     write_worst_errors(terminalreporter)
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(str(text))
     # By name, not by keyword: the folder tests/gpu is a keyword of every test in it.
     marked = config.stash.get(GPU_TESTS, frozenset())
     skipped = [r for r in terminalreporter.getreports("skipped") if r.nodeid in marked]

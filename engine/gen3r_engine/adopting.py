@@ -14,6 +14,7 @@ from gen3r_engine.loading import LoadedModel
 from gen3r_engine.memory import limit_process
 from gen3r_engine.presets import DeviceFacts, device_facts, resolve
 from gen3r_engine.residency import VISITORS, Residency, module_bytes
+from gen3r_export.weights import pipeline_hashes
 
 
 def adopt_pipeline(pipeline: Gen3RPipeline, config: EngineConfig) -> LoadedModel:
@@ -46,12 +47,14 @@ def adopt_pipeline(pipeline: Gen3RPipeline, config: EngineConfig) -> LoadedModel
         preload_compiler()
     for name in VISITORS[choice.residency]:
         modules[name].to("cpu")
+    # Before the preset changes them.
+    hashes = {} if config.plans is None else pipeline_hashes(pipeline)
     if choice.precision != EXACT:
         apply_precision(pipeline.transformer, choice.precision)
     pipeline.wan_vae.set_encoder_precision(config.encoder_precision)
     residency = Residency(modules, choice.residency, facts.device)
     # A fingerprint of its own: what 11 GB of weights are is not known without reading them.
-    return LoadedModel(pipeline, residency, uuid.uuid4().hex, facts, choice)
+    return LoadedModel(pipeline, residency, uuid.uuid4().hex, facts, choice, hashes=hashes)
 
 
 def _room(facts: DeviceFacts, pipeline: Gen3RPipeline) -> float | None:

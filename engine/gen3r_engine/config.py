@@ -41,6 +41,7 @@ class EngineConfig:
     encoder_precision : of the views' video autoencoder: ``model`` (as `dtype`, like upstream) or a
         more exact one, ``mixed``, ``tf32`` or ``float32`` (`AppearanceVAE.set_encoder_precision`).
     allow_pickle : load .pth files too (weights only).
+    plans : folder of exported plans, of which those that fit are run (`gen3r_engine.plans`).
 
     Raises
     ------
@@ -62,6 +63,7 @@ class EngineConfig:
     dtype: str | None = None
     encoder_precision: str = "model"
     allow_pickle: bool = False
+    plans: Path | None = None
 
     def __post_init__(self) -> None:
         _choice("preset", self.preset, PRESETS)
@@ -77,8 +79,9 @@ class EngineConfig:
         self._check_numbers()
         self._check_device()
         self._check_attention()
-        if self.cache_dir is not None:
-            object.__setattr__(self, "cache_dir", Path(self.cache_dir).expanduser())
+        for name in ("cache_dir", "plans"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
 
     def _check_numbers(self) -> None:
         batch = self.max_batch

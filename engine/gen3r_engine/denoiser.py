@@ -19,19 +19,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gen3r.schedulers import Schedule
-from gen3r.transformer import Conditions, StepConstants, WanTransformer
+from gen3r.transformer import Conditions, RawConditions, StepConstants, WanTransformer
 from gen3r.transformer_blocks import KeysValues
 from gen3r_engine.clock import StepClock
 from gen3r_kernels import EulerStep, MultistepStep, guidance_step
 from gen3r_kernels.guidance_step import coefficient_table
 
+if TYPE_CHECKING:
+    from gen3r_engine.planned import PlannedSteps
+
 OnStep = Callable[[int, float, Tensor], None]  # index, timestep, latents after the step
+Velocity = Callable[[Tensor, Tensor], Tensor]  # latents, tables of one step -> [R, C, f, h, 2 w]
 STEPS = 64  # schedules up to this length share the buffers of a plan
 AHEAD = 2  # replays in the GPU's queue beyond the one that runs
 
@@ -55,13 +60,13 @@ class Plan:
     """Buffers and graphs of one shape.
 
     buffers : every tensor that a step reads or writes, by name
-    constants : the step's view of those that `WanTransformer.prepare` fills
+    velocity : of latents and one step's tables; reads those that `WanTransformer.prepare` fills
     graphs : by whether the step has a corrector
     """
 
     key: PlanKey
     buffers: dict[str, Tensor]
-    constants: StepConstants
+    velocity: Velocity
     graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
 
@@ -129,9 +134,31 @@ class Denoiser:
         Cancelled : `cancelled` said so; nothing is left running.
         """
         plan = self.prepare(conditions, noise, schedule)
-        self._load(plan, noise, schedule, guidance_scale)
+        tables = self.transformer.tables(self._timesteps(schedule))
+        self._load(plan, noise, schedule, guidance_scale, tables)
         self._loop(plan, schedule, on_step, cancelled or (lambda: False))
         return plan.buffers["latents"].clone()
+
+    @torch.no_grad()
+    def run_planned(
+        self,
+        steps: PlannedSteps,
+        conditions: RawConditions,  # of 2 n rows, the negative ones first
+        noise: Tensor,  # [n, C, f, h, 2 w] float32
+        schedule: Schedule,
+        guidance_scale: float,
+        on_step: OnStep | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Tensor:  # [n, C, f, h, 2 w] float32 joint latents
+        """`run`, with the transformer from exported plans: nothing is compiled or captured here."""
+        rows = len(conditions.text)
+        tokens = conditions.image.shape[1]
+        tables, velocity = steps.begin(conditions, self._timesteps(schedule))
+        key = PlanKey(tuple(noise.shape), rows, tokens, len(schedule), type(schedule.steps[0]))
+        plan = Plan(key, self._buffers(key, tables.shape[1]), velocity)
+        self._load(plan, noise, schedule, guidance_scale, tables)
+        self._loop(plan, schedule, on_step, cancelled or (lambda: False))
+        return plan.buffers["latents"]
 
     @torch.no_grad()
     def prepare(
@@ -177,8 +204,16 @@ class Denoiser:
 
     def _make(self, key: PlanKey, constants: StepConstants) -> Plan:
         """Buffers of a shape; the first request's constants become the buffers of later ones."""
-        transformer, device = self.transformer, self.device
-        width = 6 * len(constants.keys_values) + 2
+        buffers = self._buffers(key, 6 * len(constants.keys_values) + 2)
+        buffers |= dict(_named(constants))
+        return Plan(key, buffers, partial(self._velocity, constants))
+
+    def _velocity(self, constants: StepConstants, latents: Tensor, tables: Tensor) -> Tensor:
+        return self.transformer.velocity(latents, tables, constants)
+
+    def _buffers(self, key: PlanKey, width: int) -> dict[str, Tensor]:
+        """What every step reads and writes, for tables of `width` rows."""
+        device = self.device
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
@@ -186,20 +221,28 @@ class Denoiser:
         buffers = {
             "latents": zeros(*key.latents),
             "step": torch.zeros(1, dtype=torch.int64, device=device),
-            "tables": zeros(key.steps, width, transformer.config.dim),
+            "tables": zeros(key.steps, width, self.transformer.config.dim),
             "coefficients": zeros(key.steps, 9),
-            **dict(_named(constants)),
         }
         if key.solver is MultistepStep:
             for name in ("corrected", "m_1", "m_2"):
                 buffers[name] = zeros(*key.latents)
-        return Plan(key, buffers, constants)
+        return buffers
 
-    def _load(self, plan: Plan, noise: Tensor, schedule: Schedule, guidance_scale: float) -> None:
+    def _timesteps(self, schedule: Schedule) -> Tensor:
+        return torch.tensor(schedule.timesteps, dtype=torch.float32, device=self.device)
+
+    def _load(
+        self,
+        plan: Plan,
+        noise: Tensor,
+        schedule: Schedule,
+        guidance_scale: float,
+        tables: Tensor,  # [steps, 6 L + 2, D]
+    ) -> None:
         """Everything else of a request into the buffers."""
         buffers, count = plan.buffers, len(schedule)
-        timesteps = torch.tensor(schedule.timesteps, dtype=torch.float32, device=self.device)
-        buffers["tables"][:count].copy_(self.transformer.tables(timesteps))
+        buffers["tables"][:count].copy_(tables)
         rows = coefficient_table(schedule.steps, guidance_scale, self.device)
         buffers["coefficients"][:count].copy_(rows)
         buffers["latents"].copy_(noise)
@@ -213,7 +256,7 @@ class Denoiser:
         buffers = plan.buffers
         latents, step = buffers["latents"], buffers["step"]
         tables = buffers["tables"].index_select(0, step)
-        velocity = self.transformer.velocity(latents, tables, plan.constants)
+        velocity = plan.velocity(latents, tables)
         guided = plan.key.rows == 2 * len(latents)
         uncond, cond = velocity.chunk(2) if guided else (None, velocity)
         history: tuple[Tensor, ...] = ()
@@ -264,19 +307,20 @@ class Denoiser:
     ) -> None:
         latents, waiting = plan.buffers["latents"], []
         clock = StepClock(self.device)
-        with _no_recompilation(self.captured):
+        captured = bool(plan.graphs)
+        with _no_recompilation(captured):
             for index, step in enumerate(schedule.steps):
                 if cancelled():
                     clock.finish()
                     raise Cancelled(f"stopped before step {index + 1} of {len(schedule)}")
                 corrected = _corrected(step)
                 with clock.step():
-                    if self.captured:
+                    if captured:
                         plan.graphs[corrected].replay()
                     else:
                         self._step(plan, corrected)
                 waiting.append((index, None if on_step is None else latents.clone()))
-                while len(waiting) > (AHEAD if self.captured else 0):
+                while len(waiting) > (AHEAD if captured else 0):
                     clock.wait(waiting[0][0])
                     self._tell(schedule, on_step, *waiting.pop(0))
             self.step_times, self.gaps = clock.finish()

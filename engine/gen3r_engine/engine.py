@@ -32,6 +32,8 @@ from gen3r_engine.flow import Flow
 from gen3r_engine.fusion import FusionConfig
 from gen3r_engine.loading import LoadedModel, load_pipeline
 from gen3r_engine.memory import OutOfMemory, plan_batches
+from gen3r_engine.plan_matching import Host
+from gen3r_engine.plans import EnginePlans
 from gen3r_engine.prompts import PromptCache, prompt_fingerprint
 from gen3r_engine.scene_batches import Batch, Sampling
 from gen3r_engine.scene_stages import SceneStages
@@ -48,6 +50,7 @@ class Engine:
     ----------
     config : as given. choice : what it came to on this device (preset row, tier, precision, dtype).
     pipeline : the loaded components. denoiser : the denoising loop. prompts : text features kept.
+    plans : the exported plans that it runs, None without.
     notes : what a person should know about how this engine runs, one sentence each.
     """
 
@@ -60,14 +63,22 @@ class Engine:
             compiled=self.config.compiled and cuda,
             captured=self.config.captured and cuda,
         )
+        self.plans = None if self.config.plans is None else self._open_plans(self.config.plans)
+        identity = model.fingerprint + ("" if self.plans is None else self.plans.text_identity)
         text_len = self.pipeline.config.transformer.text_len
         self.prompts = PromptCache(
             self.config.prompt_cache,
             CacheFolder.of(self.config.cache_dir).prompts,
-            prompt_fingerprint(model.fingerprint, self.pipeline.dtype, text_len),
+            prompt_fingerprint(identity, self.pipeline.dtype, text_len),
         )
         self.stages = SceneStages(
-            self.pipeline, model.residency, self.prompts, self.denoiser, self.device, self.choice
+            self.pipeline,
+            model.residency,
+            self.prompts,
+            self.denoiser,
+            self.device,
+            self.choice,
+            self.plans,
         )
         self.stages.streams = Streams(self.device, apart=self.overlaps)
         self.warmth = Warmth(
@@ -79,6 +90,9 @@ class Engine:
             enabled=self.config.compiled and cuda,
         )
         self.notes = [] if cuda else ["on a CPU the engine runs the plain path, without compiling"]
+        if self.plans is not None:
+            self.notes += [f"plan {line}" for line in self.plans.report]
+            self.plans.notes = self.notes  # those of requests stand with the others
         self._busy = threading.Lock()
         self._stop: threading.Event | None = None
 
@@ -109,6 +123,21 @@ class Engine:
         """
         config = as_config(config)
         return cls(adopt_pipeline(pipeline, config), config)
+
+    def _open_plans(self, folder: Path) -> EnginePlans:
+        facts, choice = self.model.facts, self.choice
+        capability = facts.capability
+        host = Host(
+            hashes=self.model.hashes,
+            config=self.pipeline.config,
+            device=self.device,
+            dtype=self.pipeline.dtype,
+            gpu=None if capability is None else facts.name,
+            capability=None if capability is None else "".join(map(str, capability)),
+            preset=choice.preset,
+            encoder_precision=self.config.encoder_precision,
+        )
+        return EnginePlans(folder, host)
 
     @property
     def overlaps(self) -> bool:
@@ -193,6 +222,8 @@ class Engine:
         sampling = Sampling(schedule, guidance, point_maps, fusion, latents, posterior_noise)
         reporter = Reporter(progress, on_event)
         batches = self._batches(listed, reporter)
+        for batch in batches:  # what runs without its plan is told before anything runs
+            self.stages.planned(batch, sampling.guided)
         facts = {"steps": steps, "guidance_scale": guidance, "solver": solver}
         return self._stream(batches, sampling, reporter, facts)
 
@@ -263,7 +294,7 @@ class Engine:
         return plan_batches(
             requests,
             replace(self.config, residency=self.choice.residency, overlap=self.overlaps),
-            self.model.residency.weights_gib(),
+            self.model.residency.weights_gib() + (0.0 if self.plans is None else self.plans.gib),
             self.choice.budget_gib,
         )
 

@@ -27,7 +27,7 @@ from gen3r.checkpoint import (
     resolve_checkpoint,
 )
 from gen3r.components import COMPONENTS
-from gen3r.nano import build_nano
+from gen3r.nano import EMBEDDED, build_nano
 from gen3r.pipeline import MODULES, Gen3RPipeline
 from gen3r.precision import EXACT, apply_precision
 from gen3r_engine.caches import CacheFolder, preload_compiler
@@ -36,6 +36,8 @@ from gen3r_engine.memory import limit_process
 from gen3r_engine.presets import DeviceFacts, PresetChoice, resolve_here
 from gen3r_engine.reading import ParallelReader, read_spans
 from gen3r_engine.residency import VISITORS, LazyModule, Residency, module_bytes
+from gen3r_export.manifest import read_manifest
+from gen3r_export.weights import checkpoint_hashes, component_hash
 from gen3r_kernels import Backends
 
 LAZY = "text_encoder"
@@ -54,6 +56,7 @@ class LoadedModel:
     fingerprint : of tokenizer and text encoder, for `prompts.prompt_fingerprint`.
     facts, choice : the device, and what the config came to on it before anything was loaded.
     seconds : of the parts of loading.
+    hashes : of the components' weights, for plans; empty where the config names no plans.
     """
 
     pipeline: Gen3RPipeline
@@ -62,6 +65,7 @@ class LoadedModel:
     facts: DeviceFacts
     choice: PresetChoice
     seconds: dict[str, float] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +86,8 @@ def load_pipeline(
     OSError : the cache folder can not be made.
     """
     config = config or EngineConfig()
+    if config.plans is not None:
+        read_manifest(config.plans)  # a folder without plans is told before minutes of loading
     started = time.perf_counter()
     if checkpoint is None:
         return _embedded(config)
@@ -113,7 +119,10 @@ def load_pipeline(
         tasks = {n: pool.submit(fill, built[n], reports[n], places[n], read=read) for n in order}
         modules |= {name: task.result() for name, task in tasks.items()}
     pipeline = Gen3RPipeline(**values, **modules)
-    return _finished(
+    hashes = {}
+    if config.plans is not None:
+        hashes = {name: component_hash(reports[name]) for name in COMPONENTS}
+    model = _finished(
         pipeline,
         modules,
         fingerprint_files(folder, reports[LAZY]),
@@ -122,6 +131,8 @@ def load_pipeline(
         config,
         {"check": checked - started, "read": time.perf_counter() - checked},
     )
+    model.hashes.update(hashes)
+    return model
 
 
 def _embedded(config: EngineConfig) -> LoadedModel:
@@ -138,7 +149,10 @@ def _embedded(config: EngineConfig) -> LoadedModel:
         pipeline.text_encoder, pipeline.tokenizer.backend_tokenizer.to_str()
     )
     seconds = {"check": 0.0, "read": time.perf_counter() - started}
-    return _finished(pipeline, modules, fingerprint, facts, choice, config, seconds)
+    model = _finished(pipeline, modules, fingerprint, facts, choice, config, seconds)
+    if config.plans is not None:
+        model.hashes.update(checkpoint_hashes(EMBEDDED))
+    return model
 
 
 def _finished(

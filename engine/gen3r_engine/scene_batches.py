@@ -13,7 +13,7 @@ from torch import Tensor
 from gen3r.run import Progress, Run
 from gen3r.scene import SceneRequest
 from gen3r.schedulers import Schedule
-from gen3r.transformer import Conditions
+from gen3r.transformer import Conditions, RawConditions
 from gen3r_engine.denoiser import Cancelled
 from gen3r_engine.events import SceneError
 from gen3r_engine.fusion import FusionConfig
@@ -79,9 +79,12 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """What the denoising loop takes: conditions (R rows) and noise [n, 16, f, h, 2 w] float32."""
+    """What the denoising loop takes: conditions (R rows) and noise [n, 16, f, h, 2 w] float32.
 
-    conditions: Conditions
+    The conditions are as they were encoded where an exported plan projects them.
+    """
+
+    conditions: Conditions | RawConditions
     noise: Tensor
 
 
@@ -95,6 +98,7 @@ class Decoded:
     run: Run  # of this scene's decoding
     fusion: FusionConfig | None  # how the points become a cloud
     fused: FusedTensors | None  # the cloud, where the GPU made it
+    plans: dict[str, dict[str, str]] | None = None  # what ran from exported plans
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from gen3r.run import (
     Run,
     draw_noise,
     join_conditions,
+    join_inputs,
     prepare_request,
     scene_facts,
     scene_tensors,
@@ -30,11 +32,14 @@ from gen3r.run import (
 )
 from gen3r.scene import Scene, SceneRequest
 from gen3r.schedulers import Schedule
+from gen3r.transformer import Conditions, RawConditions
 from gen3r_engine.denoiser import Denoiser
 from gen3r_engine.fusion import FusionConfig, fuse
 from gen3r_engine.fusion_device import cloud_tensors, fuse_tensors, take_cloud
 from gen3r_engine.memory import guard, working_gib
 from gen3r_engine.packing import pack_frames
+from gen3r_engine.planned import PlannedAutoencoder, PlannedHeads, PlannedSteps
+from gen3r_engine.plans import Chosen, EnginePlans
 from gen3r_engine.presets import PresetChoice
 from gen3r_engine.prompts import PromptCache
 from gen3r_engine.residency import Residency
@@ -45,10 +50,14 @@ if TYPE_CHECKING:
     from gen3r_engine.fusion_cuda import FusedTensors
 
 Stop = Callable[[], bool]
+NO_PLANS = Chosen()
 
 
 class SceneStages:
-    """The stages, on one model. `streams` says what runs apart; `failing` names errors."""
+    """The stages, on one model. `streams` says what runs apart; `failing` names errors.
+
+    plans : exported plans that run in the place of modules, None without.
+    """
 
     def __init__(
         self,
@@ -58,9 +67,11 @@ class SceneStages:
         denoiser: Denoiser,
         device: torch.device,
         choice: PresetChoice,
+        plans: EnginePlans | None = None,
     ) -> None:
-        self.choice = choice
-        self.weights_gib = residency.weights_gib()  # for the text of an error
+        self.choice, self.plans = choice, plans
+        # For the text of an error.
+        self.weights_gib = residency.weights_gib() + (0.0 if plans is None else plans.gib)
         self.pipeline, self.residency, self.prompts = pipeline, residency, prompts
         self.denoiser, self.device = denoiser, device
         self.streams = Streams(device, apart=False)
@@ -71,6 +82,14 @@ class SceneStages:
     @property
     def dtype(self) -> torch.dtype:
         return self.pipeline.dtype
+
+    def planned(self, batch: Batch, guided: bool) -> Chosen:
+        """The plans that a batch's parts run from."""
+        if self.plans is None:
+            return NO_PLANS
+        request = batch.requests[0]
+        shape = (request.num_frames, request.height, request.width, len(batch.requests))
+        return self.plans.choose(*shape, guided)
 
     # ------------------------------------------------------------------------------------- encode
 
@@ -90,7 +109,9 @@ class SceneStages:
         with batch.run.stage("encode text", len(found)) as tick:
             if missing:
                 limit = self.pipeline.config.transformer.text_len
-                with self.residency.use("text_encoder") as encoder:
+                planned = self.planned(batch, guided).text_encoder
+                use = self.residency.use("text_encoder") if planned is None else None
+                with use or nullcontext(planned) as encoder:
                     for done, text in enumerate(missing, start=len(found) - len(missing)):
                         tick(done)
                         (features,) = tokenize_and_encode(
@@ -113,7 +134,7 @@ class SceneStages:
             return self._views(batch, sampling, texts)
 
     def _views(self, batch: Batch, sampling: Sampling, texts: list[Tensor]) -> Encoded:
-        requests, transformer = batch.requests, self.pipeline.transformer
+        requests, planned = batch.requests, self.planned(batch, sampling.guided)
         noise, draws = draw_noise(
             requests,
             None,
@@ -132,14 +153,30 @@ class SceneStages:
                 videos.append(video)
                 packed.append(cameras)
             clips = torch.stack(videos)
-            with self.residency.use("clip_image_encoder") as clip:
-                image = stages.embed_views(clip, clips[:, :, 0])
-            with self.residency.use("wan_vae") as vae:
+            if planned.image_encoder is not None:
+                image = planned.image_encoder.embed(clips[:, :, 0])
+            else:
+                with self.residency.use("clip_image_encoder") as clip:
+                    image = stages.embed_views(clip, clips[:, :, 0])
+            with self._vae_encoder(planned) as vae:
                 tasks = [r.task or "" for r in requests]
                 gib = self.choice.working_gib
                 control = stages.encode_control(vae, clips, tasks, draws, gib)
-            conditions = join_conditions(transformer, texts, image, control, torch.cat(packed))
+            given = (texts, image, control, torch.cat(packed))
+            conditions: Conditions | RawConditions
+            if planned.denoiser is None:
+                conditions = join_conditions(self.pipeline.transformer, *given)
+            else:
+                conditions = join_inputs(*given)
         return Encoded(conditions, noise)
+
+    @contextmanager
+    def _vae_encoder(self, planned: Chosen) -> Iterator[Any]:
+        if planned.vae_encoder is not None:
+            yield PlannedAutoencoder(self.pipeline.wan_vae, encode=planned.vae_encoder)
+            return
+        with self.residency.use("wan_vae") as vae:
+            yield vae
 
     @contextmanager
     def _vggt_for(self, request: SceneRequest) -> Iterator[Any]:
@@ -156,14 +193,16 @@ class SceneStages:
     ) -> Tensor:  # [n, 16, f, h, 2 w] float32
         """The denoising loop of a batch. Raises `Cancelled` when `cancelled` says so."""
         schedule, progress = sampling.schedule, batch.run.progress
+        steps = self.planned(batch, sampling.guided).denoiser
         with self.watch("denoise", batch.indices, batch.requests[0]), self.streams.denoising():
-            self._compile(batch, encoded, schedule)
+            if steps is None:
+                self._compile(batch, encoded, schedule)
             with batch.run.stage("denoise", len(schedule)) as tick:
 
                 def on_step(index: int, timestep: float, latents: Tensor) -> None:
                     tick(index + 1)
 
-                joint = self.denoiser.run(
+                joint = self.loop(steps)(
                     encoded.conditions,
                     encoded.noise,
                     schedule,
@@ -175,12 +214,18 @@ class SceneStages:
                 self.streams.wait()
         return joint
 
+    def loop(self, steps: PlannedSteps | None) -> Callable[..., Tensor]:
+        """The denoising loop on the transformer or on plans of it; arguments as `Denoiser.run`."""
+        run = self.denoiser.run
+        return run if steps is None else partial(self.denoiser.run_planned, steps)
+
     def _compile(self, batch: Batch, encoded: Encoded, schedule: Schedule) -> None:
         """Compile and capture where the loop does not know the shape, while nothing else runs."""
-        new = not self.denoiser.knows(encoded.conditions, encoded.noise, schedule)
+        conditions = cast(Conditions, encoded.conditions)
+        new = not self.denoiser.knows(conditions, encoded.noise, schedule)
         if new and (self.denoiser.compiled or self.denoiser.captured):
             with self._quiet, batch.run.stage("compile", 1):
-                self.denoiser.prepare(encoded.conditions, encoded.noise, schedule)
+                self.denoiser.prepare(conditions, encoded.noise, schedule)
 
     # ------------------------------------------------------------------------------------- decode
 
@@ -189,19 +234,19 @@ class SceneStages:
         """Scene `row` of a batch from the joint latents, on its way to the host."""
         request, indices = batch.requests[row], (batch.indices[row],)
         height, width = request.height, request.width
-        run = batch.run_of(row)
+        run, planned = batch.run_of(row), self.planned(batch, sampling.guided)
         appearance, geometry = stages.split_latents(joint[row : row + 1], height, width)
         with (
             self._beside("decode appearance", indices, request),
             run.stage("decode appearance", 1),
-            self.residency.use("wan_vae") as vae,
+            self._vae_decoder(planned) as vae,
         ):
             gib = self.choice.working_gib
             pixels = _as_bytes(stages.decode_appearance(vae, appearance, gib)[0])
         with (
             self._beside("decode geometry", indices, request),
             run.stage("decode geometry", 1),
-            self.residency.use("geo_adapter", "vggt") as (adapter, vggt),
+            self._geometry_decoders(planned, sampling.point_maps) as (adapter, vggt),
         ):
             need = stages.scene_geometry(sampling.point_maps)
             g = stages.decode_geometry(
@@ -213,7 +258,35 @@ class SceneStages:
         fused = self._fuse(tensors, sampling.fusion, indices, request, run)
         with self._beside("copy to the host", indices, request):
             copy = self.streams.to_host(tensors | cloud_tensors(fused))
-        return Decoded(batch, row, copy, run, sampling.fusion, fused)
+        facts = None if self.plans is None else planned.facts()
+        return Decoded(batch, row, copy, run, sampling.fusion, fused, facts)
+
+    @contextmanager
+    def _vae_decoder(self, planned: Chosen) -> Iterator[Any]:
+        if planned.vae_decoder is not None:
+            yield PlannedAutoencoder(self.pipeline.wan_vae, decode=planned.vae_decoder)
+            return
+        with self.residency.use("wan_vae") as vae:
+            yield vae
+
+    @contextmanager
+    def _geometry_decoders(self, planned: Chosen, point_maps: bool) -> Iterator[tuple[Any, Any]]:
+        """Adapter and VGGT; a module comes to the GPU only for what no plan does."""
+        heads = {"camera": planned.camera_head, "depth": planned.depth_head}
+        heads |= {"point": planned.point_head} if point_maps else {}
+        with ExitStack() as stack:
+            adapter: Any
+            if planned.adapter_decoder is not None:
+                decode = planned.adapter_decoder
+                adapter = PlannedAutoencoder(self.pipeline.geo_adapter, decode=decode)
+            else:
+                adapter = stack.enter_context(self.residency.use("geo_adapter"))
+            vggt: Any = self.pipeline.vggt
+            if any(plan is None for plan in heads.values()):
+                vggt = stack.enter_context(self.residency.use("vggt"))
+            if any(plan is not None for plan in heads.values()):
+                vggt = PlannedHeads(vggt, **heads)
+            yield adapter, vggt
 
     def _fuse(
         self,
@@ -259,6 +332,8 @@ class SceneStages:
             index=batch.indices[row],
             batch=len(batch.indices),
         )
+        if decoded.plans is not None:
+            scene.info["plans"] = decoded.plans
         return scene
 
     @contextmanager

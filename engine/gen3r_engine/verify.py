@@ -196,9 +196,8 @@ def _engine_run(
     with full_float32(engine.pipeline.dtype == torch.float32):
         encoded = stages.encode(batch, sampling)
         with stages.watch("denoise", (0,), request):
-            joint = engine.denoiser.run(
-                encoded.conditions, encoded.noise, schedule, guidance, recorder
-            )
+            loop = stages.loop(stages.planned(batch, sampling.guided).denoiser)
+            joint = loop(encoded.conditions, encoded.noise, schedule, guidance, recorder)
         if engine.choice.residency == "12gb":
             engine.denoiser.release()
         scene = stages.finish(stages.decode(batch, 0, joint, sampling))

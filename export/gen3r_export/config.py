@@ -12,6 +12,8 @@ FORMATS = ("onnx", "tensorrt", "aoti")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16"}
 FORMS = ("auto", "clip", "chunk", "both")
 SIDE = 56  # pixels: 8 per latent and 14 per token both divide multiples of it
+OPSETS = (18, 23)
+BF16_OPSET = 22  # the first with convolutions in bfloat16
 OPSET = 20
 CAPABILITY = re.compile(r"\d{2,3}")
 
@@ -34,7 +36,7 @@ class ExportConfig:
         the cache as inputs and outputs) or ``both``; ``auto``: both.
     out : folder that gets the files and plans.json.
     run : whether what was exported is run here and compared with PyTorch.
-    opset : of ONNX.
+    opset : of ONNX, 18 to 23; None: 20, for bf16 22.
     capabilities : compute capabilities that TensorRT-RTX builds for ("89"); empty: the GPU here,
         and without one 80, 86, 89 and 120.
     workspace_gib : memory that TensorRT's builder may take for tactics; None: its own default.
@@ -58,7 +60,7 @@ class ExportConfig:
     form: str = "auto"
     out: Path = field(default_factory=lambda: Path("plans"))
     run: bool = True
-    opset: int = OPSET
+    opset: int | None = None
     capabilities: tuple[str, ...] = ()
     workspace_gib: float | None = None
     refit: bool = False
@@ -91,8 +93,13 @@ class ExportConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value}; use GiB above 0")
-        if not 18 <= self.opset <= 23:
-            raise ValueError(f"opset {self.opset} is not supported; use 18 to 23")
+        low, high = OPSETS
+        if self.opset is not None and not low <= self.opset <= high:
+            raise ValueError(f"opset {self.opset} is not supported; use {low} to {high}")
+        if self.precision == "bf16" and self.onnx_opset < BF16_OPSET:
+            raise ValueError(
+                f"opset {self.opset} has no convolutions in bf16; use {BF16_OPSET} or 23"
+            )
 
     def _check_ranges(self) -> None:
         for name in ("batch", "frames"):
@@ -106,6 +113,13 @@ class ExportConfig:
                 if count % 4 != 1:
                     near = 4 * ((count - 1) // 4) + 1
                     raise ValueError(f"frames {count} is not 4 k + 1; use {near} or {near + 4}")
+
+    @property
+    def onnx_opset(self) -> int:
+        """The opset asked for, or the default of the precision."""
+        if self.opset is not None:
+            return self.opset
+        return BF16_OPSET if self.precision == "bf16" else OPSET
 
     @property
     def dtype(self) -> str:

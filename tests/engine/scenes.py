@@ -62,6 +62,7 @@ class MadeEngine:
     config: EngineConfig = field(default_factory=EngineConfig)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     notes: list[str] = field(default_factory=lambda: ["a note of the engine"])
+    plans: None = None
 
     @property
     def choice(self) -> PresetChoice:

@@ -113,6 +113,7 @@ def test_what_cannot_be_exported(
         ({"capabilities": ("8.9",)}, "such as 89"),
         ({"workspace_gib": 0.0}, "above 0"),
         ({"opset": 12}, "use 18 to 23"),
+        ({"opset": 20, "precision": "bf16"}, "use 22 or 23"),
         ({"device": "tpu"}, "known: cpu, cuda"),
         ({"form": "half"}, "known: auto, clip, chunk, both"),
     ],

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from gen3r_engine.cli import bench, doctor, eval, prepare, run, train, verify, view, warmup
+from gen3r_engine.cli import bench, doctor, eval, export, prepare, run, train, verify, view, warmup
 from gen3r_engine.cli.errors import UsageError, one_line
 from gen3r_engine.cli.signals import exit_code, sigterm_unwinds, told
 
@@ -22,6 +22,7 @@ COMMANDS = {
     **{"run": run, "view": view, "warmup": warmup, "verify": verify, "doctor": doctor},
     "bench": bench,
     "eval": eval,
+    "export": export,
     "prepare": prepare,
     "train": train,
 }

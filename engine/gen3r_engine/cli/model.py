@@ -65,6 +65,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, batch: str = "1") -> No
         default="memory",
         help="where text features are kept (default: memory)",
     )
+    add(
+        "--plans",
+        type=Path,
+        metavar="DIR",
+        help="exported files to run in the place of modules (see gen3r-engine export)",
+    )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -93,6 +99,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             dtype=args.dtype,
             encoder_precision=args.encoder_precision,
             allow_pickle=args.allow_pickle,
+            plans=args.plans,
         )
 
 
@@ -166,10 +173,15 @@ def load_engine(name: str | None, config: EngineConfig) -> Engine:
         note("the model's weights are untrained: the scene will be noise, not a place")
     for text in engine.notes:
         note(text)
+    if engine.plans is not None:
+        engine.plans.tell = note  # of requests that no plan fits
     return engine
 
 
 def engine_record(engine: Engine) -> dict[str, Any]:
     """What run.json keeps of the engine: the config as given and what it came to."""
     choice = dataclasses.asdict(engine.choice)
-    return {"config": dataclasses.asdict(engine.config), "resolved": choice}
+    record: dict[str, Any] = {"config": dataclasses.asdict(engine.config), "resolved": choice}
+    if engine.plans is not None:
+        record["plans"] = {"report": list(engine.plans.report)}
+    return record

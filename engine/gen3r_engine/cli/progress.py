@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -113,6 +113,23 @@ class StageProgress:
 def note(text: str) -> None:
     """One line for the person, on the error stream."""
     print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on the output stream: plain columns where that is no terminal."""
+    if not sys.stdout.isatty():
+        listed = [headings, *rows]
+        widths = [max(len(row[column]) for row in listed) for column in range(len(headings))]
+        for row in listed:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join(cells).rstrip())
+        return
+    table = Table(box=None, padding=(0, 2))
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
 
 
 def print_seconds(seconds: Mapping[str, float]) -> None:

@@ -274,6 +274,9 @@ class _Job:
 
     def _config(self, scene: Scene) -> dict[str, Any]:
         choice = self.engine.choice
+        record = engine_record(self.engine)
+        if "plans" in scene.info:
+            record["plans"] |= scene.info["plans"]
         return {
             "model": self.args.pretrained_model_name_or_path or "embedded",
             "num_inference_steps": self.args.steps,
@@ -283,5 +286,5 @@ class _Job:
             "device": str(self.engine.device),
             "dtype": choice.dtype,
             "attention": choice.attention,
-            "engine": engine_record(self.engine),
+            "engine": record,
         }
