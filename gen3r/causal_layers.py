@@ -61,6 +61,10 @@ class ChunkCache:
         past = self.tensors[slot]
         if self.last:
             self.tensors[slot] = None
+        elif isinstance(x.shape[2], torch.SymInt) and not _known_longer(x, frames):
+            # A graph for chunks of any length, of one frame too: the convolution joins the same.
+            before = _zero_frames(x, frames) if past is None else past
+            self.tensors[slot] = torch.cat([before, x], dim=2)[:, :, -frames:].clone()
         elif x.shape[2] < frames:
             before = _zero_frames(x, frames) if past is None else past
             self.tensors[slot] = torch.cat([before[:, :, x.shape[2] :], x], dim=2)
@@ -87,6 +91,14 @@ class ChunkCache:
         """Remember zeros of x's size."""
         if not self.last:
             self.tensors[slot] = _zero_frames(x, frames)
+
+
+def _known_longer(x: Tensor, frames: int) -> bool:
+    """Whether a traced x has more frames than this whatever its length."""
+    # Imported here: with sympy it takes half a second, and only a trace comes by.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(x.shape[2] > frames)
 
 
 def _zero_frames(x: Tensor, frames: int) -> Tensor:

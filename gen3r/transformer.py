@@ -286,7 +286,7 @@ class WanTransformer(nn.Module):
         """The residual stream before the first block."""
         f, h, w = grid
         p, q, r = self.config.patch_size
-        x = latents.to(self.dtype).reshape(len(latents), -1, f, p, h, q, w, r)
+        x = latents.to(self.dtype).reshape(latents.shape[0], -1, f, p, h, q, w, r)
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # a patch: (c, p, q, r)
         weight = self.patch_embedding.weight[:, : self.config.out_dim].flatten(1)
         return embedding + F.linear(x, weight).float()

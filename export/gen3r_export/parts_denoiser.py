@@ -96,7 +96,9 @@ class Step(nn.Module):
             # Tokens are counted frame by frame: a shorter clip has the beginning of the tables.
             frames = latents.shape[2] // self.model.config.patch_size[0]
             tokens = frames * rows * columns
-            cos, sin = cos[:tokens], sin[:tokens]
+            # Picked, not sliced: a slice would bind the axis to the tables' length when traced.
+            picked = torch.arange(tokens, device=cos.device)
+            cos, sin = cos.index_select(0, picked), sin.index_select(0, picked)
         if text_lengths is None:  # every key is read
             _, count, length = k_text.shape[:3]
             text_lengths = torch.full((count,), length, dtype=torch.int32, device=k_text.device)

@@ -22,7 +22,11 @@ class TextEncoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        # Already as the layers add it to their position bias: made by transformers from two axes it
+        # would be gathered by tables of indices.
+        dtype = self.model.shared.weight.dtype
+        added = (1 - attention_mask[:, None, None, :]).to(dtype) * torch.finfo(dtype).min
+        found = self.model(input_ids=input_ids, attention_mask=added)
         return (found.last_hidden_state,)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from gen3r_kernels.attention_backward import attention_backward
 from gen3r_kernels.attention_triton import attention_portable
 from gen3r_kernels.backends import ATTENTION_BACKENDS, FA3_MODULES, Backends, choose
+from gen3r_kernels.carried import carrying, operator
 
 HOPPER = (9, 0)
 HALF = (torch.bfloat16, torch.float16)
@@ -59,13 +60,15 @@ def kernel_for(
     return "hopper" if capability == HOPPER and fits else "portable"
 
 
-@torch.library.custom_op("gen3r::attention_forward", mutates_args=())
+@operator("attention_forward")
 def attention_forward(
     q: Tensor,  # [B, Sq, H, D]
     k: Tensor,  # [B, Sk, H, D]
     v: Tensor,  # [B, Sk, H, D]
 ) -> tuple[Tensor, Tensor]:  # [B, Sq, H, D] and [B, H, Sq] float32
     """Our own forward: the output, and the natural logarithm of the softmax's denominator."""
+    if carrying():
+        return attention_portable(q, k, v)
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
     shape = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3])
     if kernel_for(shape, q.dtype, capability) == "hopper":

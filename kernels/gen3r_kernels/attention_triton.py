@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen3r_kernels.carried import launch
 from gen3r_kernels.dispatch import CompileCase
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -215,7 +216,7 @@ def attention_portable(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     grid = (triton.cdiv(queries, config.block_m) * heads * batch,)
-    _forward_kernel[grid](
+    launch(_forward_kernel)[grid](
         q,
         k,
         v,

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import launch, operator
 from gen3r_kernels.dispatch import CompileCase, use_triton
 
 ROOT = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
@@ -88,7 +89,7 @@ class BiasGeluConfig:
         return cls(steps=max(1, min(32, rows // 512)))
 
 
-@torch.library.custom_op("gen3r::bias_gelu", mutates_args=())
+@operator("bias_gelu")
 def _bias_gelu_op(
     x: Tensor,  # [M, N]
     bias: Tensor,  # [N]
@@ -98,7 +99,7 @@ def _bias_gelu_op(
     config = BiasGeluConfig.for_shape(rows, width)
     grid = (triton.cdiv(rows, config.block_m), triton.cdiv(width, config.block_n))
     if x.numel() > 0:
-        _forward_kernel[grid](
+        launch(_forward_kernel)[grid](
             *(x, bias, y, rows, width),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

@@ -31,15 +31,39 @@ function units of a multiprocessor busy for 256 cycles, its products the tensor 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gen3r_kernels.carried import carrying, describe, empty_last, launch, operator
 from gen3r_kernels.dispatch import CompileCase
+
+
+@triton.jit
+def tile_places(
+    f,
+    h,
+    w,
+    c,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Offsets and mask [BH * BW, BN] of a rectangle of pixels in [N, height, width, CHANNELS]."""
+    pixel = tl.arange(0, BH * BW)
+    i = h + pixel // BW
+    j = w + pixel % BW
+    o = c + tl.arange(0, BN)
+    place = (f.to(tl.int64) * height + i) * width + j
+    inside = ((i < height) & (j < width))[:, None] & (o < CHANNELS)[None, :]
+    return place[:, None] * CHANNELS + o[None, :], inside
 
 
 @triton.jit
@@ -57,6 +81,8 @@ def _forward_kernel(
     frames_out,
     rows,  # rectangles in the height of a frame
     columns,  # rectangles in its width
+    height,  # pixels, if PLAIN; else None
+    width,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     KT: tl.constexpr,
@@ -74,6 +100,7 @@ def _forward_kernel(
     BN: tl.constexpr,
     BN2: tl.constexpr,
     BK: tl.constexpr,
+    PLAIN: tl.constexpr,  # y and residual are pointers, y_2 and residual_2 None
 ):
     BM: tl.constexpr = BH * BW
     PARTS: tl.constexpr = (COUT + BN + BN2 - 1) // (BN + BN2)
@@ -127,16 +154,28 @@ def _forward_kernel(
     o = n + tl.arange(0, BN)
     if HAS_BIAS:
         sums += tl.load(bias + o, mask=o < COUT, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        sums += residual.load([f, h, w, c]).reshape(BM, BN).to(tl.float32)
-    y.store([f, h, w, c], sums.to(y.dtype).reshape(1, BH, BW, BN))  # cut at the borders
+    if PLAIN:
+        places, inside = tile_places(f, h, w, c, height, width, WIDTH, BH, BW, BN)
+        if HAS_RESIDUAL:
+            sums += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + places, sums.to(y.dtype.element_ty), mask=inside)
+    else:
+        if HAS_RESIDUAL:
+            sums += residual.load([f, h, w, c]).reshape(BM, BN).to(tl.float32)
+        y.store([f, h, w, c], sums.to(y.dtype).reshape(1, BH, BW, BN))  # cut at the borders
     if BN2 > 0:
         o = n + BN + tl.arange(0, BN2)
         if HAS_BIAS:
             sums_2 += tl.load(bias + o, mask=o < COUT, other=0.0).to(tl.float32)[None, :]
-        if HAS_RESIDUAL:
-            sums_2 += residual_2.load([f, h, w, c + BN]).reshape(BM, BN2).to(tl.float32)
-        y_2.store([f, h, w, c + BN], sums_2.to(y.dtype).reshape(1, BH, BW, BN2))
+        if PLAIN:
+            places, inside = tile_places(f, h, w, c + BN, height, width, WIDTH, BH, BW, BN2)
+            if HAS_RESIDUAL:
+                sums_2 += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+            tl.store(y + places, sums_2.to(y.dtype.element_ty), mask=inside)
+        else:
+            if HAS_RESIDUAL:
+                sums_2 += residual_2.load([f, h, w, c + BN]).reshape(BM, BN2).to(tl.float32)
+            y_2.store([f, h, w, c + BN], sums_2.to(y.dtype).reshape(1, BH, BW, BN2))
 
 
 @dataclass(frozen=True)
@@ -217,7 +256,7 @@ def _empty_output(
     halves = 2 if pairs else 1
     size = (x.shape[0], weight.shape[0] // halves, frames * halves, *x.shape[3:])
     dtype = x.dtype if residual is None else residual.dtype
-    return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last_3d)
+    return empty_last(size, dtype, x.device)
 
 
 def pairs_supported(channels_in: int, channels_out: int) -> bool:
@@ -259,7 +298,7 @@ def _check(
         raise ValueError(f"causal_conv3d: tensors of one dtype are needed, got {dtypes}")
 
 
-@torch.library.custom_op("gen3r::causal_conv3d", mutates_args=())
+@operator("causal_conv3d")
 def causal_conv3d_kernel(
     x: Tensor,  # [B, Cin, T, H, W] channels-last
     weight: Tensor,  # [Cout, Cin, kt, kh, kw], odd kh and kw; rearranged unless channels-last
@@ -284,40 +323,42 @@ def causal_conv3d_kernel(
     config = Config.for_shape(channels_in, channels_out)
     second = config.channels_2 or config.channels
 
-    def boxes(t: Tensor, channels: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(_rows(t), [1, config.rows, config.columns, channels])
+    def boxes(t: Tensor, channels: int) -> Any:
+        return describe(_rows(t), [1, config.rows, config.columns, channels])
 
-    def source(t: Tensor) -> TensorDescriptor:
+    def source(t: Tensor) -> Any:
         if not narrow:
             return boxes(t, config.chunk)
         shape = [1, config.rows, config.columns, config.chunk]
-        return TensorDescriptor.from_tensor(_windows(_rows(t)), shape)
+        return describe(_windows(_rows(t)), shape)
 
-    def matrix(channels: int) -> TensorDescriptor:
+    def matrix(channels: int) -> Any:
         rows = weight.permute(0, 2, 3, 4, 1).reshape(channels_out, -1)
-        return TensorDescriptor.from_tensor(rows, [channels, config.chunk])
+        return describe(rows, [channels, config.chunk])
 
     rows = triton.cdiv(x.shape[3], config.rows)
     columns = triton.cdiv(x.shape[4], config.columns)
     parts = triton.cdiv(channels_out, config.channels + config.channels_2)
     has_past = past is not None and past.shape[2] > 0
-    added = y if residual is None else residual
+    plain = carrying()  # see `gen3r_kernels.carried`
+    results: tuple[Any, ...] = (None if residual is None else _rows(residual), None, _rows(y), None)
+    if not plain:
+        both = (y if residual is None else residual, y)
+        results = tuple(boxes(t, n) for t in both for n in (config.channels, second))
     halves = 2 if pairs else 1
     frames_out = y.shape[2] // halves
-    _forward_kernel[(parts * rows * columns * frames_out * x.shape[0],)](
+    launch(_forward_kernel)[(parts * rows * columns * frames_out * x.shape[0],)](
         source(x),
         source(past if past is not None and has_past else x),
         matrix(config.channels),
         matrix(second),
         weight if bias is None else bias,
-        boxes(added, config.channels),
-        boxes(added, second),
-        boxes(y, config.channels),
-        boxes(y, second),
+        *results,
         x.shape[2],
         frames_out,
         rows,
         columns,
+        *(x.shape[3:] if plain else (None, None)),
         channels_in,
         channels_out,
         *kernel,
@@ -333,6 +374,7 @@ def causal_conv3d_kernel(
         config.channels,
         config.channels_2,
         config.chunk,
+        plain,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -392,6 +434,9 @@ def compile_cases() -> list[CompileCase]:
                     **{n: "i32" for n in ("frames", "frames_out", "rows", "columns")},
                 },
                 {
+                    "height": None,
+                    "width": None,
+                    "PLAIN": False,
                     "CIN": channels_in,
                     "COUT": channels_out,
                     **dict(zip(("KT", "KH", "KW"), kernel, strict=True)),
@@ -412,4 +457,20 @@ def compile_cases() -> list[CompileCase]:
                 ("bias",),
             )
         )
-    return cases
+    return cases + [_plain_case(case) for case in cases[:1] + cases[3:4]]
+
+
+def _plain_case(case: CompileCase) -> CompileCase:
+    """A case as it is carried: see `gen3r_kernels.carried`."""
+    pointers = dict.fromkeys(("residual", "y"), "*bf16")
+    signature = case.signature | pointers | dict.fromkeys(("height", "width"), "i32")
+    absent = dict.fromkeys(("residual_2", "y_2"))
+    constants = {n: v for n, v in case.constexprs.items() if n not in ("height", "width")}
+    return CompileCase(
+        f"{case.name}, carried",
+        case.kernel,
+        {n: kind for n, kind in signature.items() if n not in absent},
+        {**constants, **absent, "PLAIN": True},
+        case.options,
+        (*case.divisible, *pointers),
+    )

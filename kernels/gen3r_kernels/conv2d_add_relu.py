@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import launch, operator
 from gen3r_kernels.dispatch import CompileCase, use_triton
 
 LAST = torch.channels_last
@@ -58,12 +59,12 @@ def _add(y: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) ->
     """y = [relu](y + bias + residual) in place, on channels-last memory."""
     if (bias is None and residual is None and not relu) or y.numel() == 0:
         return
-    _add_kernel[(triton.cdiv(y.numel(), BLOCK),)](
+    launch(_add_kernel)[(triton.cdiv(y.numel(), BLOCK),)](
         y, bias, residual, y.numel(), C=y.shape[1], RELU=relu, BLOCK=BLOCK, num_warps=WARPS
     )
 
 
-@torch.library.custom_op("gen3r::conv2d_add_relu", mutates_args=())
+@operator("conv2d_add_relu")
 def _conv2d_add_relu(
     x: Tensor,  # [N, Cin, H, W] channels-last, as all
     weight: Tensor,  # [Cout, Cin, k, k]

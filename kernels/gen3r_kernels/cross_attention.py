@@ -26,6 +26,7 @@ from torch import Tensor
 from gen3r_kernels.attention import attention, attention_reference
 from gen3r_kernels.attention_triton import capability_of
 from gen3r_kernels.backends import Backends
+from gen3r_kernels.carried import carrying, operator
 from gen3r_kernels.cross_attention_backward import cross_attention_backward
 from gen3r_kernels.cross_attention_triton import check_cross_operands, cross_attention_portable
 from gen3r_kernels.dispatch import use_triton
@@ -56,7 +57,7 @@ def kernel_for(
     return "hopper" if capability == (9, 0) and half and fits else "portable"
 
 
-@torch.library.custom_op("gen3r::cross_attention", mutates_args=())
+@operator("cross_attention")
 def _cross_attention(
     q: Tensor,
     k_text: Tensor,
@@ -70,7 +71,7 @@ def _cross_attention(
     kernel = kernel_for(
         q.shape[-1], k_image.shape[1], text_lengths is not None, q.dtype, capability_of(q)
     )
-    if kernel == "portable" or text_lengths is None:
+    if kernel == "portable" or text_lengths is None or carrying():
         return cross_attention_portable(*operands, text_lengths)
     from gen3r_kernels.cross_attention_hopper import MOST, cross_attention_hopper
 

@@ -33,6 +33,7 @@ from gen3r_kernels.attention_triton import (
     softmax_step,
     with_dense_rows,
 )
+from gen3r_kernels.carried import launch
 from gen3r_kernels.dispatch import CompileCase
 
 REFERENCE = "operators='reference'"
@@ -288,7 +289,7 @@ def cross_attention_portable(
     config = config or Config.for_shape(head_dim, q.dtype, capability_of(q))
     if o is None:
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _kernel[(triton.cdiv(queries, config.block_m) * heads * batch,)](
+    launch(_kernel)[(triton.cdiv(queries, config.block_m) * heads * batch,)](
         q,
         *keys,
         o,

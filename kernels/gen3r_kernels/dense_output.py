@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import launch, operator
 from gen3r_kernels.dispatch import CompileCase, use_triton
 
 LAST = torch.channels_last
@@ -122,7 +123,7 @@ def _empty(x: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
     return values, x.new_empty((count, height, width), dtype=torch.float32)
 
 
-@torch.library.custom_op("gen3r::dense_output", mutates_args=())
+@operator("dense_output")
 def _dense_output(
     x: Tensor,  # [N, C, H, W] channels-last
     weight: Tensor,  # [K, C] contiguous
@@ -140,7 +141,7 @@ def _dense_output(
     if pixels == 0:
         return values, confidence
     config = Config.for_shape(channels)
-    _output_kernel[(triton.cdiv(pixels, config.pixels),)](
+    launch(_output_kernel)[(triton.cdiv(pixels, config.pixels),)](
         x,
         weight,
         bias,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import operator
 from gen3r_kernels.dispatch import FLOAT8, use_triton
 from gen3r_kernels.layer_norm_modulate import (
     layer_norm_modulate_reference,
@@ -28,7 +29,7 @@ from gen3r_kernels.quantized import Quantized
 OP = "gated_residual"
 
 
-@torch.library.custom_op("gen3r::gated_residual", mutates_args=())
+@operator("gated_residual")
 def _gated_residual_op(
     stream: Tensor,
     y: Tensor,

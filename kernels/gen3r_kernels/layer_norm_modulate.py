@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import operator
 from gen3r_kernels.dispatch import FLOAT8, use_triton
 from gen3r_kernels.layer_norm_modulate_backward import layer_norm_backward, table_gradients
 from gen3r_kernels.layer_norm_rows import allocate, launch_layer_norm
@@ -28,7 +29,7 @@ from gen3r_kernels.quantized import Quantized
 OP = "layer_norm_modulate"
 
 
-@torch.library.custom_op("gen3r::layer_norm_modulate", mutates_args=())
+@operator("layer_norm_modulate")
 def _layer_norm_op(
     x: Tensor,
     scale: Tensor | None,

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import launch, operator
 from gen3r_kernels.dispatch import CompileCase, use_triton
 
 PlaneTables = tuple[Tensor, Tensor]  # cos and sin, both [P, D] float32, equal within a pair
@@ -120,7 +121,7 @@ def _dense_heads(x: Tensor) -> Tensor:
     return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
 
 
-@torch.library.custom_op("gen3r::layer_norm_rope", mutates_args=())
+@operator("layer_norm_rope")
 def _layer_norm_rope(
     q: Tensor,  # [B, N, H, D]
     k: Tensor,  # [B, N, H, D]
@@ -143,7 +144,7 @@ def _layer_norm_rope(
         return q_out, k_out
     q, k = _dense_heads(q), _dense_heads(k)
     config = Config.for_shape(head_dim)
-    _norm_rope_kernel[(triton.cdiv(length * heads, config.rows), batch, 2)](
+    launch(_norm_rope_kernel)[(triton.cdiv(length * heads, config.rows), batch, 2)](
         q,
         k,
         *(t.contiguous() for t in (q_weight, q_bias, k_weight, k_bias)),

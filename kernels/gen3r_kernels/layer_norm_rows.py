@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gen3r_kernels.carried import launch
 from gen3r_kernels.dispatch import FLOAT8, CompileCase
 
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
@@ -237,7 +238,7 @@ def launch_layer_norm(
     stream, y = contiguous_rows(stream), None if y is None else contiguous_rows(y)
     quantised = out_dtype == FLOAT8
     config = LayerNormConfig.for_shape(batch * rows, width, y is not None, quantised)
-    _layer_norm_kernel[(triton.cdiv(rows, config.steps), batch)](
+    launch(_layer_norm_kernel)[(triton.cdiv(rows, config.steps), batch)](
         stream,
         y,
         *tables,

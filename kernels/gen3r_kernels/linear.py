@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
 from gen3r_kernels.bias_gelu import bias_gelu
+from gen3r_kernels.carried import operator
 from gen3r_kernels.dispatch import FLOAT8, use_triton
 from gen3r_kernels.linear_fp8 import linear_fp8
 from gen3r_kernels.quantize import QuantizedWeight, quantize
@@ -31,7 +32,7 @@ Activation = Literal["gelu_tanh"] | None
 ACTIVATIONS = (None, "gelu_tanh")
 
 
-@torch.library.custom_op("gen3r::linear_gelu", mutates_args=())
+@operator("linear_gelu")
 def _linear_gelu_op(
     x: Tensor,  # [M, K]
     weight: Tensor,  # [N, K]

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import empty_last, launch, operator
 from gen3r_kernels.dispatch import CompileCase, use_triton
 from gen3r_kernels.resize_bilinear_backward import resize_bilinear_backward
 
@@ -118,7 +119,7 @@ def _scale(size: int, out: int) -> float:
     return (size - 1) / (out - 1) if out > 1 else 0.0
 
 
-@torch.library.custom_op("gen3r::resize_bilinear", mutates_args=())
+@operator("resize_bilinear")
 def _resize(
     x: Tensor,  # [N, C, h, w] channels-last
     height: int,
@@ -143,7 +144,7 @@ def _resize(
         return y
     config = Config.for_shape(channels)
     tiles = triton.cdiv(width, config.pixels)
-    _resize_kernel[(tiles * height * count,)](
+    launch(_resize_kernel)[(tiles * height * count,)](
         x,
         across,
         down,
@@ -166,7 +167,7 @@ def _resize(
 
 def _empty(x: Tensor, height: int, width: int) -> Tensor:
     size = (*x.shape[:2], height, width)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=LAST)
+    return empty_last(size, x.dtype, x.device)
 
 
 @_resize.register_fake

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import launch, operator
 from gen3r_kernels.dispatch import CompileCase, use_triton
 from gen3r_kernels.rms_norm_rope_backward import rms_norm_rope_backward
 
@@ -160,7 +161,7 @@ def launch_rms_norm_rope(
         return outs
     config = RmsNormRopeConfig.for_shape(batch * rows, num_heads, dim, tables[0] is not None)
     pad: list[Any] = [None] * (2 - len(sources))
-    _rms_norm_rope_kernel[(triton.cdiv(rows, config.steps), batch)](
+    launch(_rms_norm_rope_kernel)[(triton.cdiv(rows, config.steps), batch)](
         *(*sources, *pad),
         *(*weights, *pad),
         *(None if t is None else t.contiguous() for t in tables),
@@ -180,7 +181,7 @@ def launch_rms_norm_rope(
     return outs
 
 
-@torch.library.custom_op("gen3r::rms_norm_rope", mutates_args=())
+@operator("rms_norm_rope")
 def _rms_norm_rope_op(
     q: Tensor,
     k: Tensor,
@@ -233,7 +234,7 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
 _rms_norm_rope_op.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("gen3r::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x [B, S, C]
     (out,) = launch_rms_norm_rope("rms_norm", x, None, weight, None, (None, None), 1, eps)
     return out.flatten(2)

@@ -35,10 +35,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import carrying, empty_last, launch, operator
 from gen3r_kernels.dispatch import CompileCase, use_triton
 
 SMALLEST_LENGTH = 1e-12
 MAX_CHANNELS = 4096
+LEAD_BLOCK = 4096
 
 
 @triton.jit
@@ -88,6 +90,20 @@ def _forward_kernel(
     if SILU:
         n = n * tl.sigmoid(n)
     tl.store(y + target, n.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lead_kernel(
+    lead,  # [runs, length]
+    y,  # [runs, apart], of which the first `length` are written
+    length,
+    apart,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    run = tl.program_id(1).to(tl.int64)
+    values = tl.load(lead + run * length + place, mask=place < length, other=0.0)
+    tl.store(y + run * apart + place, values.to(y.dtype.element_ty), mask=place < length)
 
 
 @triton.jit
@@ -190,7 +206,7 @@ def _programs(x: Tensor) -> int:
     return 8
 
 
-@torch.library.custom_op("gen3r::rms_norm_silu", mutates_args=())
+@operator("rms_norm_silu")
 def _forward(
     x: Tensor,  # [B, C, T, H, W] or [B, C, H, W], channels-last or contiguous
     gamma: Tensor,  # [C, ...] of C values
@@ -200,13 +216,15 @@ def _forward(
 ) -> Tensor:  # as x, in out_dtype; with P more entries in front on axis 2
     last = _layout(x, "x")
     y = _empty_output(x, out_dtype, lead)
-    if lead is not None:
+    if lead is not None and carrying():
+        _put(lead, y, last)
+    elif lead is not None:
         y[:, :, : lead.shape[2]] = lead
     batch, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
     config = Config.for_shape(channels, last)
     grid = (triton.cdiv(positions, config.positions), batch)
-    _forward_kernel[grid](
+    launch(_forward_kernel)[grid](
         x,
         gamma.contiguous(),
         y,
@@ -224,18 +242,28 @@ def _forward(
     return y
 
 
+def _put(lead: Tensor, y: Tensor, last: bool) -> None:
+    """y begins with `lead` on axis 2: a kernel, where Inductor would write all of y once more."""
+    memory = _channels_last(y) if last else torch.contiguous_format
+    length, apart = (math.prod(t.shape[1 if last else 2 :]) for t in (lead, y))
+    grid = (triton.cdiv(length, LEAD_BLOCK), y.shape[0] * (1 if last else y.shape[1]))
+    launch(_lead_kernel)[grid](
+        lead.contiguous(memory_format=memory), y, length, apart, BLOCK=LEAD_BLOCK, num_warps=4
+    )
+
+
 def _empty_output(x: Tensor, dtype: torch.dtype, lead: Tensor | None) -> Tensor:
+    # One position is both; `_layout` decides alike.
+    last = x.is_contiguous(memory_format=_channels_last(x))
     if lead is None:
-        return torch.empty_like(x, dtype=dtype)
+        size = tuple(x.shape)
+        return empty_last(size, dtype, x.device) if last else x.new_empty(size, dtype=dtype)
     if lead.shape[:2] != x.shape[:2] or lead.shape[3:] != x.shape[3:]:
         raise ValueError(
             f"rms_norm_silu: lead of shape {tuple(lead.shape)} does not fit x {tuple(x.shape)}"
         )
     size = (*x.shape[:2], lead.shape[2] + x.shape[2], *x.shape[3:])
-    # One position is both; `_layout` decides alike.
-    last = x.is_contiguous(memory_format=_channels_last(x))
-    memory = _channels_last(x) if last else torch.contiguous_format
-    return torch.empty(size, dtype=dtype, device=x.device, memory_format=memory)
+    return empty_last(size, dtype, x.device) if last else x.new_empty(size, dtype=dtype)
 
 
 @_forward.register_fake
@@ -354,7 +382,12 @@ def rms_norm_silu(
 
 def compile_cases() -> list[CompileCase]:
     """Both kernels at every width of the two autoencoders, in both memory formats."""
-    cases = []
+    copied: dict[str, str] = {"lead": "*bf16", "y": "*bf16", "length": "i32", "apart": "i32"}
+    cases = [
+        CompileCase(
+            "lead, carried", _lead_kernel, copied, {"BLOCK": LEAD_BLOCK}, {"num_warps": 4}, ("y",)
+        )
+    ]
     for last in (True, False):
         for channels in (96, 128, 192, 256, 384, 512):
             config = Config.for_shape(channels, last)

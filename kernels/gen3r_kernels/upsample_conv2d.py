@@ -21,18 +21,44 @@ with zeros and writes the rectangle into every second row and column of y.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gen3r_kernels.backends import DEFAULT_BACKENDS, Backends
+from gen3r_kernels.carried import carrying, describe, empty_last, launch, operator
 from gen3r_kernels.causal_conv3d_triton import Config
 from gen3r_kernels.dispatch import CompileCase, use_triton
 
 LAST = torch.channels_last
+
+
+@triton.jit
+def _parity_places(
+    f,
+    h,
+    down,
+    w,
+    c,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Offsets and mask [BH * BW, BN] of a rectangle in [N, height, 2, width, CHANNELS]."""
+    pixel = tl.arange(0, BH * BW)
+    i = h + pixel // BW
+    j = w + pixel % BW
+    o = c + tl.arange(0, BN)
+    place = ((f.to(tl.int64) * height + i) * 2 + down) * width + j
+    inside = ((i < height) & (j < width))[:, None] & (o < CHANNELS)[None, :]
+    return place[:, None] * CHANNELS + o[None, :], inside
 
 
 @triton.jit
@@ -45,6 +71,8 @@ def _upsample_kernel(
     y_2,  # the same, boxes of BN2 channels
     rows,  # rectangles in the height of x
     columns,  # rectangles in its width
+    height,  # of x, if PLAIN; else None
+    width,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -54,6 +82,7 @@ def _upsample_kernel(
     BN: tl.constexpr,
     BN2: tl.constexpr,
     BK: tl.constexpr,
+    PLAIN: tl.constexpr,  # y is a pointer, y_2 None
 ):
     BM: tl.constexpr = BH * BW
     PARTS: tl.constexpr = COUT // (BN + BN2)
@@ -88,12 +117,22 @@ def _upsample_kernel(
     if HAS_BIAS:
         sums += tl.load(bias + o).to(tl.float32)[None, :]
     c = right * COUT + n
-    y.store([f, h, down, w, c], sums.to(y.dtype).reshape(1, BH, 1, BW, BN))
+    if PLAIN:
+        places, inside = _parity_places(f, h, down, w, c, height, width, 2 * COUT, BH, BW, BN)
+        tl.store(y + places, sums.to(y.dtype.element_ty), mask=inside)
+    else:
+        y.store([f, h, down, w, c], sums.to(y.dtype).reshape(1, BH, 1, BW, BN))
     if BN2 > 0:
         o = n + BN + tl.arange(0, BN2)
         if HAS_BIAS:
             sums_2 += tl.load(bias + o).to(tl.float32)[None, :]
-        y_2.store([f, h, down, w, c + BN], sums_2.to(y.dtype).reshape(1, BH, 1, BW, BN2))
+        if PLAIN:
+            places, inside = _parity_places(
+                f, h, down, w, c + BN, height, width, 2 * COUT, BH, BW, BN2
+            )
+            tl.store(y + places, sums_2.to(y.dtype.element_ty), mask=inside)
+        else:
+            y_2.store([f, h, down, w, c + BN], sums_2.to(y.dtype).reshape(1, BH, 1, BW, BN2))
 
 
 def parity_weights(
@@ -120,10 +159,10 @@ def supported(channels_in: int, channels_out: int) -> bool:
 
 def _doubled(x: Tensor, channels: int) -> Tensor:
     size = (x.shape[0], channels, 2 * x.shape[2], 2 * x.shape[3])
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=LAST)
+    return empty_last(size, x.dtype, x.device)
 
 
-@torch.library.custom_op("gen3r::upsample_conv2d", mutates_args=())
+@operator("upsample_conv2d")
 def upsample_conv2d_kernel(
     x: Tensor,  # [N, Cin, H, W] channels-last
     weight: Tensor,  # [Cout, Cin, 3, 3]
@@ -156,26 +195,25 @@ def upsample_conv2d_kernel(
     kernels = parity_weights(weight).reshape(4 * channels_out, 4 * channels_in)
     grid = y.permute(0, 2, 3, 1).view(count, height, 2, width, 2 * channels_out)
 
-    def matrix(channels: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(kernels, [channels, config.chunk])
+    def matrix(channels: int) -> Any:
+        return describe(kernels, [channels, config.chunk])
 
-    def boxes(channels: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(grid, [1, config.rows, 1, config.columns, channels])
+    def boxes(channels: int) -> Any:
+        return describe(grid, [1, config.rows, 1, config.columns, channels])
 
     rows = triton.cdiv(height, config.rows)
     columns = triton.cdiv(width, config.columns)
     parts = channels_out // (config.channels + config.channels_2)
-    _upsample_kernel[(parts * 4 * columns * rows * count,)](
-        TensorDescriptor.from_tensor(
-            x.permute(0, 2, 3, 1), [1, config.rows, config.columns, config.chunk]
-        ),
+    plain = carrying()  # see `gen3r_kernels.carried`
+    launch(_upsample_kernel)[(parts * 4 * columns * rows * count,)](
+        describe(x.permute(0, 2, 3, 1), [1, config.rows, config.columns, config.chunk]),
         matrix(config.channels),
         matrix(second),
         weight if bias is None else bias,
-        boxes(config.channels),
-        boxes(second),
+        *((grid, None) if plain else (boxes(config.channels), boxes(second))),
         rows,
         columns,
+        *((height, width) if plain else (None, None)),
         channels_in,
         channels_out,
         bias is not None,
@@ -185,6 +223,7 @@ def upsample_conv2d_kernel(
         config.channels,
         config.channels_2,
         config.chunk,
+        plain,
         num_warps=config.warps,
         num_stages=config.stages,
     )
@@ -290,6 +329,9 @@ def compile_cases() -> list[CompileCase]:
                     "columns": "i32",
                 },
                 {
+                    "height": None,
+                    "width": None,
+                    "PLAIN": False,
                     "CIN": channels_in,
                     "COUT": channels_out,
                     "HAS_BIAS": True,
@@ -304,4 +346,10 @@ def compile_cases() -> list[CompileCase]:
                 ("bias",),
             )
         )
-    return cases
+    first = cases[0]
+    constants = {n: v for n, v in first.constexprs.items() if n not in ("height", "width")}
+    signature = first.signature | {"y": "*bf16", "height": "i32", "width": "i32"}
+    signature.pop("y_2")
+    constants |= {"y_2": None, "PLAIN": True}
+    carried = (f"{first.name}, carried", first.kernel, signature, constants)
+    return [*cases, CompileCase(*carried, first.options, ("bias", "y"))]
