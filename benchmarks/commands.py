@@ -23,6 +23,7 @@ SUITES = {
     "cpu": "benchmarks.cpu",
     "fusion": "benchmarks.fusion",
     "export": "benchmarks.export.suite",
+    "export_aoti": "benchmarks.export.packages",
     "step": "benchmarks.engine.step",
     "fidelity": "benchmarks.engine.fidelity",
     "e2e": "benchmarks.engine.e2e",

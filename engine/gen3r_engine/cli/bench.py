@@ -26,7 +26,8 @@ from gen3r_engine.cli.errors import UsageError, user_input
 HELP = "measure operators, steps, scenes, memory or loading; report and compare"
 ENGINE_SUITES = ("step", "fidelity", "e2e", "memory", "startup", "decode", "training")
 CASE_SUITES = ("kernels", "decode", "training")
-SUITES = ("kernels", "pipeline", "loading", "cpu", "fusion", "export", *ENGINE_SUITES)
+EXPORT_SUITES = ("export", "export_aoti")
+SUITES = ("kernels", "pipeline", "loading", "cpu", "fusion", *EXPORT_SUITES, *ENGINE_SUITES)
 PROVIDERS = ("eager", "exact", "fp8", "24gb", "12gb")
 CHECKOUT = Path(__file__).resolve().parents[3]
 

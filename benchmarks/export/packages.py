@@ -1,15 +1,15 @@
 """AOTInductor packages beside the engine's own path and eager: decoding a clip, and a step.
 
-python -m benchmarks.export_aoti                                   # an H100: 49 frames of 560 x 560
-python -m benchmarks.export_aoti --case vae_decoder adapter_decoder
-python -m benchmarks.export_aoti --case denoiser_step --attention cudnn triton
-python -m benchmarks.export_aoti --model nano --frames 5 --size 56 --device cpu   # a look: minutes
+gen3r-engine bench --suite export_aoti                  # an H100: 49 frames of 560 x 560
+gen3r-engine bench --suite export_aoti -- --case vae_decoder adapter_decoder
+gen3r-engine bench --suite export_aoti -- --case denoiser_step --attention cudnn triton
+gen3r-engine bench --suite export_aoti -- --model nano --frames 5 --size 56 --device cpu
 
 Providers: eager (separate PyTorch operators and PyTorch's attention), module (the engine's path in
 this process: the same modules with our kernels, the denoiser's blocks compiled), aoti (packages of
 those), each also as a replayed CUDA graph where the case is a step. Rows: time (ms), first call (s;
 of aoti: export and build), size (MB), `from_eager` in a row's config: how far the results lie from
-eager's; `from_module` in those of aoti, and `ratio`: its time to the module's (issue: within 3 %).
+eager's; `from_module` in those of aoti, and `ratio`: its time to the module's (wanted: within 3 %).
 Weights are random, of PyTorch's own initial scale.
 """
 
