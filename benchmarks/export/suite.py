@@ -136,13 +136,7 @@ def rows_of(entry: Entry, model: str) -> list[Measurement]:
 def seconds_of(entry: Entry) -> float:
     """Of making the files, checks apart."""
     made = [value for name, value in entry.seconds.items() if name in ("export", "build")]
-    if entry.format == "tensorrt":
-        made = [float(entry.facts.get("build_seconds", {}).get(_capability(entry), sum(made)))]
     return max(sum(made), 1e-3)
-
-
-def _capability(entry: Entry) -> str:
-    return "" if entry.gpu is None else entry.gpu.capability
 
 
 def table(rows: Sequence[Row]) -> str:

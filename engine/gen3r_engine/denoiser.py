@@ -151,6 +151,8 @@ class Denoiser:
         cancelled: Callable[[], bool] | None = None,
     ) -> Tensor:  # [n, C, f, h, 2 w] float32 joint latents
         """`run`, with the transformer from exported plans: nothing is compiled or captured here."""
+        if self._plan is not None:  # another shape's graph: the two may not fit side by side
+            self.release()
         rows = len(conditions.text)
         tokens = conditions.image.shape[1]
         tables, velocity = steps.begin(conditions, self._timesteps(schedule))

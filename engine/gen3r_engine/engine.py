@@ -223,7 +223,7 @@ class Engine:
         reporter = Reporter(progress, on_event)
         batches = self._batches(listed, reporter)
         for batch in batches:  # what runs without its plan is told before anything runs
-            self.stages.planned(batch, sampling.guided)
+            self.stages.announce(batch, sampling.guided)
         facts = {"steps": steps, "guidance_scale": guidance, "solver": solver}
         return self._stream(batches, sampling, reporter, facts)
 
@@ -234,7 +234,8 @@ class Engine:
         batch: int | None = None,
     ) -> dict[str, float]:
         """Compile what a scene of a shape runs: the denoising step, captured, and the other stages
-        but for the text's. It is noted in the cache's manifest.
+        but for the text's. It is noted in the cache's manifest. What runs from plans, with guidance
+        above 1, is run from them.
 
         Parameters
         ----------
@@ -263,15 +264,19 @@ class Engine:
                 f"a batch of {batch} does not fit this GPU's memory; use {len(planned[0])}"
             )
         shape = (frames, height, width, batch)
-        self.warmth.before(shape)
-        watched = self.stages.watch("denoise", tuple(range(batch)), request)
+        indices = tuple(range(batch))
+        made_up = Batch(indices, (request,) * batch, self.device)
+        self.stages.announce(made_up, guided=True)
+        steps = self.stages.planned(made_up, guided=True).denoiser
+        watched = self.stages.watch("denoise", indices, request)
         with self._at_work(), watched, self.stages.streams.denoising():
-            seconds = run_once(self.pipeline, self.denoiser, shape)
+            seconds = run_once(self.pipeline, self.denoiser, shape, steps=steps)
         with self._at_work():
             if self.choice.residency == "12gb":
                 self.denoiser.release()
             seconds["stages"] = rehearse(self.stages, frames, height, width)
-        self.warmth.done(shape, seconds)
+        if steps is None:
+            self.warmth.done(shape, seconds)
         return seconds
 
     def cancel(self) -> None:
@@ -353,10 +358,11 @@ class Engine:
                 names = ("num_frames", "height", "width", "batch")
                 frames, height, width, batch = (int(scene.info[name]) for name in names)
                 shape = (frames, height, width, batch)
-                scene.info.update(
-                    facts, preset=self.choice.preset, compile_cache=self.warmth.before(shape)
-                )
-                self.warmth.done(shape, {})
+                cache = "none"  # a step from a plan is not compiled
+                if "denoiser" not in scene.info.get("plans", {}).get("used", {}):
+                    cache = self.warmth.before(shape)
+                    self.warmth.done(shape, {})
+                scene.info.update(facts, preset=self.choice.preset, compile_cache=cache)
                 reporter.tell(Event("finished", index))
                 yield scene
         except Cancelled:

@@ -18,6 +18,7 @@ from gen3r_engine.planned import (
     PlannedTextEncoder,
 )
 from gen3r_export.manifest import Entry
+from gen3r_export.parts import COMPONENT
 from gen3r_export.runtime import axis_lengths
 
 PINNED = {"aoti": ("torch",), "tensorrt": ("tensorrt", "tensorrt-rtx")}  # versions that must agree
@@ -51,6 +52,8 @@ class Host:
     def _other_use(self, entry: Entry) -> str | None:
         if entry.part in UNUSED:
             return UNUSED[entry.part]
+        if entry.part not in COMPONENT:
+            return f"part '{entry.part}' is unknown to this version; export again with it"
         if entry.part == "denoiser" and self.preset not in ("exact", entry.precision):
             return (
                 f"preset {self.preset} was asked, which the plan does not compute in; "

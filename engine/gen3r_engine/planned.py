@@ -26,6 +26,10 @@ from gen3r_export.runtime import Runner
 Velocity = Callable[[Tensor, Tensor], Tensor]  # latents, tables of one step -> [R, 16, f, h, 2 w]
 
 
+class PlanError(ValueError):
+    """A plan that fails while it runs."""
+
+
 @dataclass(frozen=True, eq=False)
 class OpenPlan:
     """An entry of plans.json with its open file."""
@@ -34,10 +38,23 @@ class OpenPlan:
     runner: Runner
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of inputs that are cast to the dtypes of the graph."""
-        wanted = [DTYPES[spec.dtype] for spec in self.entry.inputs]
-        given = (x.to(dtype) for x, dtype in zip(inputs, wanted, strict=True))
-        return self.runner(*given)
+        """Outputs of inputs that are cast to the dtypes of the graph.
+
+        Raises
+        ------
+        PlanError : the runner fails; memory that torch has not is its own error.
+        """
+        try:
+            wanted = [DTYPES[spec.dtype] for spec in self.entry.inputs]
+            given = (x.to(dtype) for x, dtype in zip(inputs, wanted, strict=True))
+            return self.runner(*given)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise PlanError(
+                f"the plan {self.entry} fails: {reason}; export it again, or leave it out"
+            ) from error
 
     def __str__(self) -> str:
         return f"{self.entry.format} {self.entry.precision}"

@@ -3,7 +3,7 @@
 At load every entry of plans.json is matched: to the model (hash of the component's weights), the
 device, the GPU and the libraries that it was built with, the presets; what fits is opened, its
 files verified. An entry's precision is the choice of whoever gave the folder: where several fit,
-the model's own dtype comes first, then the most exact one.
+the fastest format comes first, of that the model's own dtype, then the most exact one.
 
 For a request, `EnginePlans.choose` says which parts of it run from plans. Parts for whose shape
 there is none run as without plans, and that is told before the request begins.
@@ -64,7 +64,7 @@ class EnginePlans:
     ----------
     report : one line per entry: used, or refused with the reason. notes : lines about requests.
     tell : called with each new line of `notes`.
-    gib : memory that the open plans' weights take on the GPU.
+    gib : memory that the open plans take on the GPU: weights, and what TensorRT holds beside them.
 
     Raises
     ------
@@ -78,9 +78,10 @@ class EnginePlans:
         self.tell: Callable[[str], None] | None = None
         self._open: list[OpenPlan] = []
         self._chosen: dict[Shape, Chosen] = {}
+        self._told: set[Shape] = set()
         self._match(Plans(folder))
-        on_gpu = host.device.type == "cuda"
-        self.gib = sum(p.entry.bytes for p in self._open) / 2**30 if on_gpu else 0.0
+        held = sum(p.entry.bytes + getattr(p.runner, "memory", 0) for p in self._open)
+        self.gib = held / 2**30 if host.device.type == "cuda" else 0.0
 
     def __len__(self) -> int:
         """How many plans are open."""
@@ -112,32 +113,43 @@ class EnginePlans:
         return _index(formats, entry.format), _index(precisions, entry.precision)
 
     @property
+    def folders(self) -> list[str]:
+        """Of the open plans: names that tell their content."""
+        return sorted(plan.entry.folder for plan in self._open)
+
+    @property
     def text_identity(self) -> str:
-        """What text features depend on beside the checkpoint: "" without a plan of the encoder."""
-        found = [p.entry.folder for p in self._of("text_encoder", "text_encoder")]
-        return found[0] if found else ""
+        """What text features depend on beside the checkpoint: "" where no plan encodes texts."""
+        try:
+            # A scene's shape does not matter to it.
+            encoder = Finder(self._open, self.host, (1, 56, 56, 1, True)).text_encoder()
+        except ValueError:
+            return ""
+        return encoder.plan.entry.folder
 
     # --------------------------------------------------------------------------------- of a request
 
     def choose(self, frames: int, height: int, width: int, batch: int, guided: bool) -> Chosen:
-        """The plans for scenes of this shape, `batch` of them in one denoising step.
-
-        A part with plans of which none takes the shape is told, once, in `notes` and to `tell`.
-        """
+        """The plans for scenes of this shape, `batch` of them in one denoising step."""
         shape = (frames, height, width, batch, guided)
         if shape not in self._chosen:
-            self._chosen[shape] = chosen = self._choose(shape)
-            for part, reason in chosen.without.items():
-                self._say(
-                    f"{frames} frames of {height} x {width}, {batch} at once: {part} runs without "
-                    f"its plan: {reason}"
-                )
+            self._chosen[shape] = self._choose(shape)
         return self._chosen[shape]
 
-    def _say(self, line: str) -> None:
-        self.notes.append(line)
-        if self.tell is not None:
-            self.tell(line)
+    def announce(self, frames: int, height: int, width: int, batch: int, guided: bool) -> None:
+        """Tell, once a shape, in `notes` and to `tell`, which parts no plan takes the shape of."""
+        shape = (frames, height, width, batch, guided)
+        if shape in self._told:
+            return
+        self._told.add(shape)
+        for part, reason in self.choose(*shape).without.items():
+            line = (
+                f"{frames} frames of {height} x {width}, {batch} at once: {part} runs without "
+                f"its plan: {reason}"
+            )
+            self.notes.append(line)
+            if self.tell is not None:
+                self.tell(line)
 
     def _choose(self, shape: Shape) -> Chosen:
         found = Finder(self._open, self.host, shape)
@@ -161,9 +173,6 @@ class EnginePlans:
             else:
                 used[part] = str(getattr(parts[part], "plan", parts[part]))
         return Chosen(**parts, used=used, without=without)  # type: ignore[arg-type]
-
-    def _of(self, part: str, name: str) -> list[OpenPlan]:
-        return [p for p in self._open if p.entry.part == part and p.entry.name == name]
 
 
 def _index(order: tuple[str, ...], name: str) -> int:

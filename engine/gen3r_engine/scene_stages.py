@@ -87,15 +87,19 @@ class SceneStages:
         """The plans that a batch's parts run from."""
         if self.plans is None:
             return NO_PLANS
-        request = batch.requests[0]
-        shape = (request.num_frames, request.height, request.width, len(batch.requests))
-        return self.plans.choose(*shape, guided)
+        return self.plans.choose(*_shape(batch), guided)
+
+    def announce(self, batch: Batch, guided: bool) -> None:
+        """Tell which parts of a batch run without their plans, once a shape."""
+        if self.plans is not None:
+            self.plans.announce(*_shape(batch), guided)
 
     # ------------------------------------------------------------------------------------- encode
 
     @torch.no_grad()
     def encode(self, batch: Batch, sampling: Sampling) -> Encoded:
         """Text, views, cameras and noise of a batch."""
+        self.announce(batch, sampling.guided)  # half of a batch that was too large is another shape
         with self._beside("encode text", batch.indices, batch.requests[0]):
             texts = self._texts(batch, sampling.guided)
         return self.views(batch, sampling, texts)
@@ -355,6 +359,11 @@ class SceneStages:
         with self.watch(stage, indices, request), self._quiet, self.streams.beside():
             yield
             self.streams.wait()
+
+
+def _shape(batch: Batch) -> tuple[int, int, int, int]:
+    request = batch.requests[0]
+    return request.num_frames, request.height, request.width, len(batch.requests)
 
 
 def _as_bytes(

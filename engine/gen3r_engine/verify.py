@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -144,11 +145,13 @@ def verify(
     steps: int = 50,
     guidance: float | None = None,
     reference_dtype: str | None = None,
+    tell_plans: Callable[[str], None] | None = None,
 ) -> Verification:
     """Make the request's scene in the config's preset and with the plain pipeline, and compare.
 
     One after the other, so that only one model is in memory. checkpoint None: the embedded model.
     guidance None: the model's own. reference_dtype None: the preset's own dtype.
+    tell_plans : called with a line about each exported plan, and about parts that run without.
 
     Raises
     ------
@@ -158,6 +161,10 @@ def verify(
     # One stage after the other on one stream; nothing of the first run is taken for the second.
     config = replace(config, overlap=False, max_batch=1)
     engine = Engine.load(checkpoint, config)
+    if engine.plans is not None and tell_plans is not None:
+        for line in engine.plans.report:
+            tell_plans(f"plan {line}")
+        engine.plans.tell = tell_plans
     device, dtype = engine.device, engine.choice.dtype
     channels = engine.pipeline.config.transformer.out_dim
     guidance = engine.pipeline.config.guidance_scale if guidance is None else guidance

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gen3r import stages
 from gen3r.pipeline import Gen3RPipeline
-from gen3r.run import join_conditions
+from gen3r.run import join_inputs
 from gen3r.scene import SceneRequest
 from gen3r.schedulers import make_schedule
-from gen3r.transformer import Conditions
+from gen3r.transformer import RawConditions
 from gen3r_engine.caches import CacheFolder, WarmKey
 from gen3r_engine.denoiser import Denoiser
 from gen3r_engine.fusion import FusionConfig
+from gen3r_engine.planned import PlannedSteps
 from gen3r_engine.scene_batches import Batch, Sampling
 from gen3r_engine.scene_stages import SceneStages
 
@@ -78,21 +82,36 @@ class Warmth:
 
 @torch.no_grad()
 def run_once(
-    pipeline: Gen3RPipeline, denoiser: Denoiser, shape: Shape, *, guidance: float = 5.0
+    pipeline: Gen3RPipeline,
+    denoiser: Denoiser,
+    shape: Shape,
+    *,
+    guidance: float = 5.0,
+    steps: PlannedSteps | None = None,
 ) -> dict[str, float]:
     """One denoising step of a shape on made-up conditions: compiles, captures, fills caches.
+
+    steps : the plans that the shape's steps run from, None for the transformer.
 
     Returns seconds: ``first`` with all of that, ``step`` of a second run.
     """
     frames, height, width, batch = shape
-    conditions = made_up_conditions(pipeline, shape, guided=guidance > 1)
+    given = made_up_conditions(pipeline, shape, guided=guidance > 1)
+    run: Callable[..., Tensor]
+    if steps is None:
+        views = (given.image, given.control, given.cameras)
+        run = partial(denoiser.run, pipeline.transformer.condition(given.text, *views))
+        del views
+    else:
+        run = partial(denoiser.run_planned, steps, given)
+    del given
     size = stages.latent_shape(frames, height, width, pipeline.config.transformer.out_dim)
     noise = torch.zeros(batch, *size, device=pipeline.device)
     schedule = make_schedule("euler", 1, euler=pipeline.scheduler)
     seconds = {}
     for name in ("first", "step"):
         start = time.perf_counter()
-        denoiser.run(conditions, noise, schedule, guidance)
+        run(noise, schedule, guidance)
         if pipeline.device.type == "cuda":
             torch.cuda.current_stream(pipeline.device).synchronize()
         seconds[name] = time.perf_counter() - start
@@ -121,7 +140,7 @@ def rehearse(scenes: SceneStages, frames: int, height: int, width: int) -> float
     return time.perf_counter() - start
 
 
-def made_up_conditions(pipeline: Gen3RPipeline, shape: Shape, guided: bool) -> Conditions:
+def made_up_conditions(pipeline: Gen3RPipeline, shape: Shape, guided: bool) -> RawConditions:
     """Conditions of the right form without content, for which no encoder has to be there."""
     frames, height, width, batch = shape
     config, device, dtype = pipeline.config, pipeline.device, pipeline.dtype
@@ -135,4 +154,4 @@ def made_up_conditions(pipeline: Gen3RPipeline, shape: Shape, guided: bool) -> C
     camera = stages.encode_cameras(None, frames, height, width, device, dtype)
     text = torch.zeros(TEXT_TOKENS, config.transformer.text_dim, device=device, dtype=dtype)
     rows = [text] * (2 * batch if guided else batch)
-    return join_conditions(pipeline.transformer, rows, image, control, torch.cat([camera] * batch))
+    return join_inputs(rows, image, control, torch.cat([camera] * batch))

@@ -11,6 +11,7 @@ import json
 import platform
 import threading
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -211,7 +212,8 @@ def read_note(path: Path) -> Note:
             notes = [json.loads(package.read(name)).get(KEY) for name in names if broken is None]
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; export it again or name another folder") from None
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        # RuntimeError: bytes that say "encrypted", or a version of zip that there is none of
         raise ValueError(
             f"{path} is cut short or is no package ({' '.join(str(error).split())}); export it "
             "again"

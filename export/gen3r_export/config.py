@@ -14,6 +14,7 @@ FORMS = ("auto", "clip", "chunk", "both")
 SIDE = 56  # pixels: 8 per latent and 14 per token both divide multiples of it
 OPSETS = (18, 23)
 BF16_OPSET = 22  # the first with convolutions in bfloat16
+FP8_OPSET = 19  # the first with floats of 8 bits in Q/DQ nodes
 OPSET = 20
 CAPABILITY = re.compile(r"\d{2,3}")
 
@@ -99,6 +100,10 @@ class ExportConfig:
         if self.precision == "bf16" and self.onnx_opset < BF16_OPSET:
             raise ValueError(
                 f"opset {self.opset} has no convolutions in bf16; use {BF16_OPSET} or 23"
+            )
+        if self.precision == "fp8" and self.onnx_opset < FP8_OPSET:
+            raise ValueError(
+                f"opset {self.opset} has no floats of 8 bits; use {FP8_OPSET} to {high}"
             )
 
     def _check_ranges(self) -> None:

@@ -146,7 +146,7 @@ def run_export(load: Callable[[], Model], config: ExportConfig, tell: Tell) -> E
     chosen_parts(config)
     check_installed(config)
     with export_folder(config.out) as out:
-        before = read_manifest(out) if (out / FILE).exists() else Manifest()
+        before = _placed(out)
         remove_unnamed(before, out)
         return _Export(load(), config, tell, out, before).run()
 
@@ -204,21 +204,23 @@ class _Export:
 
     def _place(self, graph: Graph, format: str, work: Callable[..., Exported]) -> list[Entry]:
         """Do the work in a temporary folder; its files and their entries are there after it."""
-        with temporary_folder(self.out) as folder:
-            exported = work(folder=folder)
-            facts = file_facts(folder, exported.files)
-            stem = f"{graph.name}.{format}-{self.config.precision}"
-            name = publish(folder, facts, self.out, stem)
-        made = []
-        for files, gpu in _targets(exported, format, self.config):
-            entry = self._entry(graph, format, exported, gpu)
-            made.append(replace(entry, folder=name, files={file: facts[file] for file in files}))
         try:
+            with temporary_folder(self.out) as folder:
+                exported = work(folder=folder)
+                facts = file_facts(folder, exported.files)
+                stem = f"{graph.name}.{format}-{self.config.precision}"
+                name = publish(folder, facts, self.out, stem)
+            made = []
+            for files, gpu in _targets(exported, format, self.config):
+                entry = self._entry(graph, format, _share(exported, files), gpu)
+                listed = {file: facts[file] for file in files}
+                made.append(replace(entry, folder=name, files=listed))
             manifest = self.manifest.merged(made, self.model.name)
             write_manifest(manifest, self.out)
             self.manifest = manifest
         finally:
-            remove_unnamed(self.manifest, self.out)
+            # By what lies there: an interruption may come right behind the replacement.
+            remove_unnamed(_placed(self.out), self.out)
         self.entries += made
         return made
 
@@ -227,6 +229,8 @@ class _Export:
         config = self.config
         request = Request.of(self.model.pipeline, config)
         facts = dict(exported.facts)
+        if format == "aoti" and config.device == "cuda":
+            facts["made_on"] = torch.cuda.get_device_name()  # runs on others of its capability
         versions = library_versions(format) | dict(facts.pop("versions", {}))
         device = {"onnx": "any", "tensorrt": "cuda"}.get(format, config.device)
         component = COMPONENT[graph.part]
@@ -255,6 +259,25 @@ class _Export:
             seconds=dict(exported.seconds),
             facts=facts,
         )
+
+
+def _placed(out: Path) -> Manifest:
+    """The manifest that lies in a folder, empty where none does."""
+    return read_manifest(out) if (out / FILE).exists() else Manifest()
+
+
+def _share(exported: Exported, files: tuple[str, ...]) -> Exported:
+    """What was found of these files where several plans were built at once: facts, build time, and
+    the errors of a run only where it was of theirs."""
+    facts = dict(exported.facts)
+    if "plans" not in facts:
+        return exported
+    facts["plans"] = plans = {name: facts["plans"][name] for name in files}
+    seconds = dict(exported.seconds) | {"build": sum(plan["seconds"] for plan in plans.values())}
+    if facts.get("ran") in (None, *files):
+        return replace(exported, seconds=seconds, facts=facts)
+    checked = dict(exported.checked) | {"run": f"not run: {facts['ran']} was, on this GPU"}
+    return replace(exported, seconds=seconds, facts=facts, errors={}, checked=checked)
 
 
 def _targets(

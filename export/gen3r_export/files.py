@@ -79,7 +79,10 @@ def export_folder(out: Path) -> Iterator[Path]:
                 f"another export is writing {out}; wait for it, or give another folder"
             ) from None
         for path in out.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:  # of a manifest
+                path.unlink(missing_ok=True)
         yield out
     finally:
         os.close(lock)

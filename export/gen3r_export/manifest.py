@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from gen3r_export.graph import DTYPES, DimRange, TensorSpec
 SCHEMA = 1
 FILE = "plans.json"
 DEVICES = ("any", "cpu", "cuda")
+AXIS = re.compile(r"(?:[1-9]\d*\*)?([^\W\d]\w*)(?:\+\d+)?")  # "k", "2*batch", "4*k+1"
 AGAIN = "export again into the folder, or take its plans.json from where it was made"
 
 
@@ -211,17 +213,18 @@ def _entry(raw: Any) -> Entry:
     unknown = sorted(set(raw) - known)
     if unknown:
         raise ValueError(f"{', '.join(unknown)} is unknown")
+    dims = {
+        name: DimRange(*(_typed(dim, key, int) for key in ("least", "best", "most")))
+        for name, dim in values["dims"].items()
+    }
     values.update(
         files={
             name: FileFacts(_typed(facts, "bytes", int), _typed(facts, "sha256", str))
             for name, facts in values["files"].items()
         },
-        inputs=tuple(_spec(item) for item in values["inputs"]),
-        outputs=tuple(_spec(item) for item in values["outputs"]),
-        dims={
-            name: DimRange(*(_typed(dim, key, int) for key in ("least", "best", "most")))
-            for name, dim in values["dims"].items()
-        },
+        inputs=tuple(_spec(item, dims) for item in values["inputs"]),
+        outputs=tuple(_spec(item, dims) for item in values["outputs"]),
+        dims=dims,
         frames=_pair(values, "frames"),
         batch=_pair(values, "batch"),
         gpu=None if gpu is None else Gpu(_typed(gpu, "capability", str), gpu.get("name")),
@@ -229,10 +232,14 @@ def _entry(raw: Any) -> Entry:
     return Entry(**values)
 
 
-def _spec(raw: Any) -> TensorSpec:
+def _spec(raw: Any, dims: Mapping[str, DimRange]) -> TensorSpec:
     shape = _typed(raw, "shape", list)
     if any(isinstance(n, bool) or not isinstance(n, (int, str)) for n in shape):
         raise TypeError(f"shape {shape} holds more than numbers and names")
+    for text in (n for n in shape if isinstance(n, str)):
+        found = AXIS.fullmatch(text)
+        if found is None or found[1] not in dims:
+            raise ValueError(f"axis '{text}' is none of its dims: {', '.join(dims) or 'none'}")
     dtype = _typed(raw, "dtype", str)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")

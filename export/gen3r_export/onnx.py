@@ -46,7 +46,7 @@ def export_onnx(graph: Graph, folder: Path, config: ExportConfig, tell: Tell) ->
     Raises
     ------
     ValueError : onnx, onnxscript or onnxruntime is not installed; a graph that cannot be traced at
-        its lengths, or that needs an operator which must not be in it.
+        its lengths, or that needs an operator which must not be in it; see `check_onnx`.
     """
     need("onnx", "onnxscript", "onnx_ir", *(("onnxruntime",) if config.run else ()))
     start = time.perf_counter()
@@ -65,7 +65,7 @@ def export_onnx(graph: Graph, folder: Path, config: ExportConfig, tell: Tell) ->
     tell(f"{graph.name}: {file_bytes(folder, files) / 1e6:.1f} MB of ONNX in {built:.1f} s")
     facts["nodes"] = sum(1 for _ in model.graph)
     start = time.perf_counter()
-    found = check_onnx(folder / files[0], graph, run=config.run)
+    found = check_onnx(folder / files[0], graph, config.precision, run=config.run)
     return Exported(
         files=files,
         seconds={"export": built, "check": time.perf_counter() - start},

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gen3r_export.compare import largest_error
+from gen3r_export.compare import largest_error, wrong
 from gen3r_export.graph import DTYPES, Graph
-from gen3r_export.onnx_runner import OnnxRunner, open_onnx
+from gen3r_export.onnx_runner import open_onnx
+from gen3r_export.trace import trace_lengths
 
 PASSED = "passed"
 
@@ -24,16 +25,13 @@ class Found:
     checked: dict[str, str] = field(default_factory=dict)
 
 
-def check_onnx(path: Path, graph: Graph, *, run: bool) -> Found:
-    """Check a file and, where asked, run it at the least and the best lengths of its axes.
-
-    Errors are the largest over outputs and lengths: ``same`` against the module in its own dtype,
-    ``float32`` against it in float32.
+def check_onnx(path: Path, graph: Graph, precision: str, *, run: bool) -> Found:
+    """Check a file and, where asked, run it at two lengths of its axes, see `measure`.
 
     Raises
     ------
-    ValueError : a file that the checker refuses, or results of another shape or dtype than the
-        graph says.
+    ValueError : a file that the checker refuses, results of another shape or dtype than the graph
+        says, or beyond the precision's bound and twice PyTorch's own error.
     """
     import onnx
 
@@ -50,24 +48,34 @@ def check_onnx(path: Path, graph: Graph, *, run: bool) -> Found:
         return Found(checked=checked | {"run": reason})
     runner = open_onnx(path)
     errors = measure(runner, graph)
+    refusal = wrong(errors["float32"], precision, errors["module"])
+    if refusal is not None:
+        raise ValueError(f"{path.name} is wrong in onnxruntime: {refusal}")
     return Found(errors, checked | {"run": "onnxruntime on the CPU"})
 
 
-def measure(runner: OnnxRunner, graph: Graph) -> dict[str, float]:
-    """Relative errors of an open file: see `check_onnx`."""
+def measure(runner: Callable[..., tuple[Tensor, ...]], graph: Graph) -> dict[str, float]:
+    """Relative errors of an open file, the largest over outputs and lengths.
+
+    ``same`` is against the module in its own dtype, ``float32`` against it in float32; ``module``
+    is that of the module itself. Lengths are the least, and those that it was traced at: the best,
+    but not 1 where an axis can be longer.
+    """
     wide = graph.module if graph.wide is None else graph.wide()
     errors: dict[str, float] = {}
-    lengths = [graph.lengths("least"), graph.lengths("best")]
+    lengths = [graph.lengths("least"), trace_lengths(graph)]
     for chosen in lengths[:1] if lengths[0] == lengths[1] else lengths:
         inputs = graph.example(chosen)
         found = runner(*(x.cpu() for x in inputs))
         _check_outputs(graph, chosen, found)
-        for name, module, given in (
-            ("same", graph.module, inputs),
-            ("float32", wide, [_widened(x) for x in inputs]),
+        own = _run(graph.module, inputs)
+        exact = _run(wide, [_widened(x) for x in inputs])
+        for name, given, expected in (
+            ("same", found, own),
+            ("float32", found, exact),
+            ("module", own, exact),
         ):
-            error = largest_error(found, _run(module, given))
-            errors[name] = max(error, errors.get(name, 0.0))
+            errors[name] = max(largest_error(given, expected), errors.get(name, 0.0))
     return errors
 
 

@@ -132,7 +132,10 @@ def open_onnx(path: Path, device: str = "cpu") -> OnnxRunner:
             f"onnxruntime {onnxruntime.__version__} does not run {path.name} on {kind}: "
             f"{_reason(error)}; export it in fp32 or fp16"
         ) from error
-    except (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf) as error:
+    except (
+        *(errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.InvalidArgument),
+        *(errors.RuntimeException, UnicodeDecodeError),
+    ) as error:
         raise ValueError(
             f"{path} is not an ONNX file that onnxruntime opens: {_reason(error)}; export it again"
         ) from error
@@ -141,7 +144,10 @@ def open_onnx(path: Path, device: str = "cpu") -> OnnxRunner:
             f"onnxruntime could not open {path.name} on '{device}': its CUDA libraries do not "
             "load; install CUDA and cuDNN of its version, or use device 'cpu'"
         )
-    return OnnxRunner(path, session, device)
+    try:
+        return OnnxRunner(path, session, device)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} was changed ({error}); export it again") from error
 
 
 def check_files(path: Path) -> None:

@@ -8,7 +8,7 @@ are there.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from gen3r_export.config import ExportConfig
 from gen3r_export.export import Model, load_model
 from gen3r_export.graph import Graph, Tell
 from gen3r_export.manifest import Entry
-from gen3r_export.parts import graphs
+from gen3r_export.parts import chosen_parts, graphs
 from gen3r_export.runtime import Plans, Runner, check_files
 
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run here"
+NOT_FINITE = "it gives numbers that are not finite"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ def _check(
     except ValueError as error:
         yield Row(str(entry), FAILED, str(error))
         return
+    try:
+        chosen_parts(_config(entry))
+    except ValueError as error:  # of another version, or edited
+        yield Row(str(entry), FAILED, f"plans.json: {error}")
+        return
     reason, reference = unrunnable(entry), None
     if reason is None or _tensorrt_here(entry) is None:
         reference = _reference(plans, entry, checkpoint, models, allow_pickle)
@@ -103,15 +109,15 @@ def _check(
     elif reference is not None:
         try:
             yield _run(plans, entry, reference)
-        except ValueError as error:
-            yield Row(str(entry), FAILED, str(error))
+        except (ValueError, RuntimeError) as error:  # libraries of compiled code raise the latter
+            yield Row(str(entry), FAILED, " ".join(str(error).split()))
     if reference is not None and _tensorrt_here(entry) is None:
         yield _with_tensorrt(plans, entry, reference)
 
 
 def unrunnable(entry: Entry) -> str | None:
     """Why this machine cannot run an entry at all; None: it can."""
-    if entry.device == "cuda" and not torch.cuda.is_available():
+    if (entry.device == "cuda" or entry.gpu is not None) and not torch.cuda.is_available():
         return "it is for a GPU, and there is none"
     if entry.gpu is not None:
         here = "".join(map(str, torch.cuda.get_device_capability()))
@@ -158,16 +164,17 @@ def _reference(
         graph = next(
             (g for g in found if (g.inputs, g.outputs) == (entry.inputs, entry.outputs)), None
         )
+    # The entry's lengths: those of the graph made anew depend on --working-gib.
+    lengths = {name: dim.best for name, dim in entry.dims.items()}
     if graph is None:
         from gen3r_export.tensorrt import sample_inputs
 
-        lengths = {name: dim.best for name, dim in entry.dims.items()}
         return _Reference(sample_inputs(entry.inputs, lengths), None, None)
-    return _expected(graph, entry.precision)
+    return _expected(graph, entry.precision, lengths)
 
 
-def _expected(graph: Graph, precision: str) -> _Reference:
-    inputs = graph.examples()
+def _expected(graph: Graph, precision: str, lengths: Mapping[str, int]) -> _Reference:
+    inputs = graph.example(lengths)
     wide = graph.module if graph.wide is None else graph.wide()
     exact = _outputs(wide, [x.float() if x.is_floating_point() else x for x in inputs])
     limit: float | None = None
@@ -219,13 +226,14 @@ def _judged(
         finite = all(bool(x.isfinite().all()) for x in outputs if x.is_floating_point())
         verdict = PASSED if finite else FAILED
         said = "run, and not compared: the checkpoint has other weights or shapes"
-        return Row(name, verdict, said if finite else "it gives numbers that are not finite")
+        return Row(name, verdict, said if finite else NOT_FINITE)
     if len(outputs) != len(reference.expected):
         return Row(name, FAILED, f"{len(outputs)} outputs, not {len(reference.expected)}")
     error = largest_error(outputs, reference.expected)
+    if error == float("inf"):
+        return Row(name, FAILED, NOT_FINITE, error, seconds)
     if reference.limit is None:
-        verdict = PASSED if error < float("inf") else FAILED
-        return Row(name, verdict, "no bound is set for fp8", error, seconds)
+        return Row(name, PASSED, "no bound is set for fp8", error, seconds)
     if error > reference.limit:
         return Row(name, FAILED, f"the bound is {reference.limit:.1e}", error, seconds)
     return Row(name, PASSED, text, error, seconds)
@@ -268,10 +276,11 @@ def _with_tensorrt(plans: Plans, entry: Entry, reference: _Reference) -> Row:
     limit = reference.limit or BOUNDS.get(entry.precision)
     text = "; ".join((f"{found.library}, {found.bytes / 1e6:.1f} MB", *found.problems))
     seconds = found.seconds["run"]
+    if error == float("inf"):
+        return Row(name, FAILED, f"{text}; {NOT_FINITE}", error, seconds)
     if limit is not None and error > limit:
         return Row(name, FAILED, f"{text}; the bound is {limit:.1e}", error, seconds)
-    verdict = PASSED if error < float("inf") else FAILED
-    return Row(name, verdict, text, error, seconds)
+    return Row(name, PASSED, text, error, seconds)
 
 
 def _quiet(line: str) -> None:

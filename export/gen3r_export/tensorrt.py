@@ -13,12 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gen3r_export.compare import relative_error
+from gen3r_export.compare import relative_error, wrong
 from gen3r_export.config import ExportConfig
 from gen3r_export.graph import DTYPES, DimRange, Exported, Graph, Tell, TensorSpec
 from gen3r_export.tensorrt_build import (
@@ -96,7 +96,7 @@ def build_tensorrt(
     seconds["build"] = sum(facts["seconds"] for facts in plans.values())
     for problem in problems:
         tell(f"{graph.name}: {problem}")
-    errors, run = _run(graph, folder, tuple(plans), config)
+    ran, errors, run = _run(graph, folder, tuple(plans), config, tell)
     return Exported(
         files=tuple(plans),
         seconds=seconds,
@@ -107,6 +107,7 @@ def build_tensorrt(
             "versions": {library.kind: library.version},
             "network": inspection.to_dict(),
             "plans": plans,
+            "ran": ran,
         },
     )
 
@@ -146,21 +147,30 @@ def _build_one(
 
 
 def _run(
-    graph: Graph, folder: Path, names: Sequence[str], config: ExportConfig
-) -> tuple[dict[str, float], str]:
-    """Errors of the plan for the GPU that is here, and what was done."""
+    graph: Graph, folder: Path, names: Sequence[str], config: ExportConfig, tell: Tell
+) -> tuple[str | None, dict[str, float], str]:
+    """Name and errors of the plan for the GPU that is here, and what was done.
+
+    A plan that took long to build is kept where its results are wrong, and that is said.
+    """
     from gen3r_export.onnx_check import measure
 
     here = gpu_capability()
     if not config.run:
-        return {}, "not run: not asked for"
+        return None, {}, "not run: not asked for"
     if here is None:
-        return {}, "not run: no GPU here"
+        return None, {}, "not run: no GPU here"
     name = next((n for n in names if f".sm{here}." in n or not n.endswith(".rtx.plan")), None)
     if name is None:
-        return {}, f"not run: no plan for this GPU's capability {dotted(here)}"
+        return None, {}, f"not run: no plan for this GPU's capability {dotted(here)}"
     runner = open_tensorrt(folder / name)
-    return measure(cast(Any, _HostInputs(runner)), graph), f"{name} on this GPU"
+    errors = measure(_HostInputs(runner), graph)
+    reason = wrong(errors["float32"], config.precision, errors["module"])
+    done = f"{name} on this GPU"
+    if reason is not None:
+        done += f": wrong, {reason}"
+        tell(f"{graph.name}: {done}")
+    return name, errors, done
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,15 @@ def _load_timings(library: Library, settings: Any, config: ExportConfig) -> Path
         return None
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"timing cache {path} cannot be a file there; name one in a folder")
-    timings = settings.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    try:
+        kept = path.read_bytes() if path.exists() else b""
+        # Now, not after a build that would be lost.
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"timing cache {path} cannot be read and written ({error.strerror}); name another file"
+        ) from None
+    timings = settings.create_timing_cache(kept)
     if timings is None or not settings.set_timing_cache(timings, False):
         raise ValueError(
             f"timing cache {path} is damaged, or of another GPU or TensorRT version; delete it or "

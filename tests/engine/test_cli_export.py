@@ -204,7 +204,28 @@ def test_ended_by_a_signal(
 def test_plans_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--frame_path", "x.png", "--plans", str(tmp_path)]
     assert build_parser().parse_args(["run", *given]).plans == tmp_path
-    for command in (["warmup"], ["eval", "--suite", "nano"], ["verify"]):
+    for command in (["warmup"], ["eval", "--suite", "paper"], ["verify"]):
         assert build_parser().parse_args([*command, "--plans", "p"]).plans == Path("p")
+    for suite in ("nano", "yardstick"):  # they run the model's own modules
+        assert main(["eval", "--suite", suite, "--plans", "p"]) == 2
+        assert "--plans belongs to --suite paper; leave it out" in capsys.readouterr().err
+    assert main(["verify", "--yardstick", "--plans", "p"]) == 2
+    assert "--yardstick runs the model's own modules" in capsys.readouterr().err
     assert main(["warmup", "--device", "cpu", "--plans", str(tmp_path)]) == 2
     assert "holds no plans.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--refit"], "--refit has no meaning for format onnx"),
+        (["--format", "aoti", "--capabilities", "89"], "--capabilities has no meaning"),
+        (["--format", "aoti", "--opset", "20"], "--opset has no meaning for format aoti"),
+        (["--device", "cuda"], "--device has no meaning for format onnx"),
+    ],
+)
+def test_flags_of_other_formats_are_refused(
+    flags: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--out", str(tmp_path / "plans"), *flags]) == 2
+    assert told in capsys.readouterr().err

@@ -23,6 +23,8 @@ import gen3r_export.runtime as runtime
 from gen3r.nano import NANO, build_nano
 from gen3r.scene import Scene, SceneRequest
 from gen3r_engine import Engine, EngineConfig
+from gen3r_engine.caches import CacheFolder
+from gen3r_engine.cli.errors import UsageError, plan_errors
 from gen3r_engine.events import SceneError
 from gen3r_engine.plan_matching import Host, chunk_sizes
 from gen3r_engine.planned import Chunks
@@ -170,6 +172,23 @@ def test_parts_without_a_plan_run_in_process(shipped: dict[str, Any], tmp_path: 
     assert seen == {"text_encoder", "clip_image_encoder", "wan_vae", "transformer"}
 
 
+def test_warming_up_runs_the_plans_of_the_step(shipped: dict[str, Any], tmp_path: Path) -> None:
+    folder = some(shipped[CLIP], tmp_path, "denoiser_prepare", "denoiser_step")
+    engine = load(folder)
+    engine.warmth.enabled, engine.warmth.folder = True, CacheFolder(tmp_path / "cache")
+    assert engine.plans is not None
+    told: list[str] = []
+    engine.plans.tell = told.append
+    step = shipped["runners"][f"{CLIP} denoiser_step"]
+    calls = step.calls
+    engine.warm_up(5, 56)
+    assert step.calls == calls + 2
+    assert not told, "the made-up scene of the other stages is none that was asked for"
+    (scene,) = engine.generate(request(), steps=1)
+    assert scene.info["compile_cache"] == "none"
+    assert not (tmp_path / "cache").exists(), "no code was compiled for this shape"
+
+
 def some(folder: Path, out: Path, *names: str, **changes: Any) -> Path:
     """Another folder of some entries, with the same files."""
     manifest = read_manifest(folder)
@@ -270,6 +289,7 @@ H100 = {"device": torch.device("cuda"), "gpu": "NVIDIA H100", "capability": "90"
         ({"format": "onnx", "versions": {"torch": "2.1.0"}}, {}, None),
         ({"format": "tensorrt", "versions": {"tensorrt": "10.1"}}, {}, "no TensorRT found"),
         ({"part": "adapter_encoder"}, {}, "the engine encodes no token maps"),
+        ({"part": "nose"}, {}, "part 'nose' is unknown to this version"),
         ({"part": "denoiser"}, {"preset": "fp8"}, "preset fp8 was asked, which the plan does not"),
         ({"part": "denoiser", "precision": "fp8"}, {"preset": "fp8"}, None),
         (
@@ -390,8 +410,15 @@ def test_a_plan_that_fails_fails_the_scene(shipped: dict[str, Any], tmp_path: Pa
         raise ValueError("camera_head.onnx fails in onnxruntime")
 
     object.__setattr__(chosen.camera_head, "runner", broken)
-    with pytest.raises(SceneError, match=r"decode geometry.*camera_head.onnx fails in onnxruntime"):
+    with pytest.raises(
+        SceneError, match=r"decode geometry.*camera_head.onnx fails in onnxruntime"
+    ) as caught:
         engine.generate(request(), steps=1)
+    with pytest.raises(UsageError, match="export it again, or leave it out"), plan_errors():
+        raise caught.value
+    other = SceneError((0,), "denoise", ValueError("something else"))
+    with pytest.raises(SceneError), plan_errors():
+        raise other
 
 
 def test_text_features_of_a_plan_are_kept_apart(shipped: dict[str, Any], tmp_path: Path) -> None:
@@ -402,6 +429,19 @@ def test_text_features_of_a_plan_are_kept_apart(shipped: dict[str, Any], tmp_pat
     assert planned.fingerprint != without.fingerprint
     others = EnginePlans(some(shipped[CLIP], tmp_path, "camera_head"), host(shipped))
     assert others.text_identity == ""
+
+
+def test_text_features_of_a_plan_that_is_not_used(shipped: dict[str, Any], tmp_path: Path) -> None:
+    """Texts are encoded one at a time: a plan of two at once is open and names no features."""
+    folder = some(shipped[CLIP], tmp_path, "text_encoder")
+    (entry,) = read_manifest(folder).entries
+    inputs = tuple(replace(spec, shape=(2, *spec.shape[1:])) for spec in entry.inputs)
+    pairs = replace(entry, inputs=inputs, batch=(2, 2))
+    (tmp_path / "plans.json").write_text(Manifest("pairs", (pairs,)).to_json())
+    plans = EnginePlans(tmp_path, host(shipped))
+    assert len(plans) == 1 and plans.folders == [entry.folder]
+    assert plans.choose(5, 56, 56, 1, True).text_encoder is None
+    assert plans.text_identity == ""
 
 
 def test_module_level_names() -> None:

@@ -224,6 +224,9 @@ def test_a_wrong_result_is_not_kept(runner: AotiRunner) -> None:
     with torch.no_grad():
         graph.module.inner.weight += 0.1
     assert "it is wrong" in refused(lambda: check(graph, runner, "fp32"))
+    with torch.no_grad():
+        graph.module.inner.weight.fill_(float("inf"))
+    assert "it is wrong" in refused(lambda: check(graph, runner, "bf16")), "whatever the bound"
 
 
 def test_a_graph_that_cannot_be_traced(tmp_path: Path) -> None:

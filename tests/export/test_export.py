@@ -192,11 +192,39 @@ def test_interrupted_while_placing(
         Plans(tmp_path).open(entry, verify=True)
 
 
+def test_interrupted_right_behind_the_replacement(
+    tmp_path: Path,
+    pipeline: Gen3RPipeline,
+    fakes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """plans.json names the new graph already: it stays."""
+    export(tmp_path, pipeline)
+    fakes["export"] = lambda graph, folder, **named: Exported(
+        write_double(folder / f"{graph.name}.onnx", 3.0)
+    )
+    replace_file = os.replace
+
+    def stopped(*arguments: Any) -> None:
+        replace_file(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            export(tmp_path, pipeline)
+    entries = read_manifest(tmp_path).entries
+    assert listed(tmp_path) == sorted({"plans.json", *(e.folder for e in entries)})
+    runners = {e.name: Plans(tmp_path).open(e, verify=True) for e in entries}
+    assert float(runners["camera_head"](torch.ones(1, 4))[0][0, 0]) == 3
+
+
 def test_what_a_killed_export_left_goes_with_the_next(
     tmp_path: Path, pipeline: Gen3RPipeline, fakes: dict[str, Any]
 ) -> None:
     (tmp_path / ".export-abc").mkdir()
     (tmp_path / ".export-abc" / "half.onnx").write_bytes(b"half")
+    (tmp_path / ".export-abd").write_text("half a manifest")
     (tmp_path / "vae_decoder.onnx-fp32.0123456789ab").mkdir()  # placed and never named
     done = export(tmp_path, pipeline)
     assert listed(tmp_path) == sorted({"plans.json", *(e.folder for e in done.manifest.entries)})
@@ -304,7 +332,15 @@ def test_one_entry_for_every_gpu_that_plans_were_built_for(
         names = tuple(f"{graph.name}.sm{n}.rtx.plan" for n in (89, 120))
         for name in names:
             (folder / name).write_bytes(name.encode())
-        return Exported(names, facts={"versions": {"tensorrt-rtx": "1.7"}})
+        plans = {name: {"seconds": float(i)} for i, name in enumerate(names, 1)}
+        facts = {"versions": {"tensorrt-rtx": "1.7"}, "plans": plans, "ran": names[0]}
+        return Exported(
+            names,
+            {"parse": 1.0, "build": 3.0},
+            {"float32": 1e-7},
+            {"layers": "passed", "run": f"{names[0]} on this GPU"},
+            facts,
+        )
 
     fakes["graphs"] = lambda: iter([double_graph()])
     monkeypatch.setattr("gen3r_export.tensorrt.build_tensorrt", build)
@@ -319,3 +355,8 @@ def test_one_entry_for_every_gpu_that_plans_were_built_for(
     assert given == [tmp_path / entries[0].folder / "camera_head.onnx"]
     assert entries[1].device == "cuda" and entries[1].versions["tensorrt-rtx"] == "1.7"
     assert "versions" not in entries[1].facts
+    for index, entry in enumerate(entries[1:], 1):
+        assert entry.seconds == {"parse": 1.0, "build": float(index)}, "of its own plan"
+        assert list(entry.facts["plans"]) == [entry.main_file]
+    assert [bool(entry.errors) for entry in entries[1:]] == [True, False]
+    assert entries[2].checked["run"] == f"not run: {entries[1].main_file} was, on this GPU"

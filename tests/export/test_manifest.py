@@ -71,6 +71,8 @@ def broken(tmp_path: Path, change: dict[str, Any], remove: str = "") -> str:
         ({"dims": {"batch": {"least": 3, "best": 1, "most": 2}}}, "must be above 0 and rise"),
         ({"inputs": [{"name": "x", "shape": [1.5], "dtype": "float32"}]}, "more than numbers"),
         ({"inputs": [{"name": "x", "shape": [1], "dtype": "float8"}]}, "dtype 'float8' is unknown"),
+        ({"dims": {}}, "axis 'batch' is none of its dims: none"),
+        ({"inputs": [{"name": "x", "shape": ["0*batch"], "dtype": "float32"}]}, "axis '0*batch'"),
         ({"frames": [5]}, "frames is [5], not two whole numbers"),
         ({"device": "tpu"}, "device is 'tpu'; known: any, cpu, cuda"),
         ({"more": 1}, "more is unknown"),

@@ -37,17 +37,16 @@ def quiet(line: str) -> None:
 def test_a_graph_equals_pytorch_at_every_length(name: str, onnx_file: Files) -> None:
     file = onnx_file(name)
     assert file.exported.checked == {"onnx.checker": "passed", "run": "onnxruntime on the CPU"}
-    assert set(file.exported.errors) == {"same", "float32"}
+    assert set(file.exported.errors) == {"same", "float32", "module"}
     assert max(file.exported.errors.values()) <= BOUNDS["fp32"]
     runner = open_onnx(file.path)
     graph = file.graph
     assert runner.names_in == tuple(spec.name for spec in graph.inputs)
     assert (runner.inputs, runner.outputs) == (graph.inputs, graph.outputs)
     assert runner.ranges == {axis: (dim.least, dim.most) for axis, dim in graph.dims.items()}
-    # The least and best lengths were compared as it was exported; here one of each.
-    lengths = graph.lengths("most") | {"batch": 1}
-    if "tokens" in lengths:
-        lengths["tokens"] = 7
+    # The least lengths, and those of tracing, were compared as it was exported; here one of each.
+    others = {"batch": 1, "tokens": 7}
+    lengths = {axis: others.get(axis, length) for axis, length in graph.lengths("most").items()}
     given = graph.example(lengths)
     with torch.no_grad():
         assert largest_error(runner(*given), graph.module(*given)) <= BOUNDS["fp32"]
@@ -57,7 +56,7 @@ def test_chunks_give_the_clip(onnx_file: Files) -> None:
     """First and next chunks, of one and of two latent frames, are the clip that `decode` gives."""
     first, following = (open_onnx(onnx_file(f"vae_decoder_{form}").path) for form in
                         ("first", "next"))  # fmt: skip
-    latents = torch.randn(2, 16, 4, 7, 7, generator=torch.Generator().manual_seed(1))
+    latents = torch.randn(1, 16, 4, 7, 7, generator=torch.Generator().manual_seed(1))
     piece, *cache = first(latents[:, :, :1].contiguous())
     found = [piece]
     for a, b in ((1, 2), (2, 4)):
@@ -93,7 +92,7 @@ def test_what_is_in_a_file(onnx_file: Files) -> None:
     assert model.producer_name == "gen3r-engine" and model.opset_import[0].version == 20
     assert str(REPOSITORY).encode() not in file.path.read_bytes()  # nor any source line
     axes = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim}
-    assert axes == {"", "batch", "frames"}
+    assert axes == {"", "frames"}
     operators = {node.op_type for node in model.graph.node}
     assert not operators & {"GatherND", "ScatterND", "If", "Loop"} and "Resize" in operators
     own = shallow_pipeline("float32").wan_vae.model.decoder.state_dict()

@@ -79,6 +79,11 @@ def test_scales() -> None:
     assert (scales[large] <= peaks[large] / LARGEST * (1 + 2**-10)).all()
 
 
+def test_the_opset_has_8_bits() -> None:
+    with pytest.raises(ValueError, match="opset 18 has no floats of 8 bits; use 19 to 23"):
+        ExportConfig(precision="fp8", opset=18)
+
+
 def test_a_quantised_graph(tmp_path: Path) -> None:
     graph = small_graph()
     exported = export_onnx(graph, tmp_path, FP8, quiet)

@@ -117,6 +117,16 @@ def test_files_that_do_not_open(tmp_path: Path) -> None:
         open_onnx(path)
 
 
+def test_files_that_were_changed(tmp_path: Path) -> None:
+    """A name that no tensor has, and one that is no text."""
+    path = write(tmp_path / "two.onnx")
+    content = path.read_bytes()
+    for letter in (b"k", b"\xff"):
+        path.write_bytes(content.replace(b"one", b"on" + letter, 1))
+        with pytest.raises(ValueError, match="export it again"):
+            open_onnx(path)
+
+
 def test_an_operator_that_onnxruntime_has_not(tmp_path: Path) -> None:
     path = write(tmp_path / "two.onnx")
     model = onnx.load(path)

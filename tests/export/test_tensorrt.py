@@ -273,7 +273,14 @@ def test_self_test_builds_runs_and_compares(
         check_tensorrt(file, graph.inputs, graph.dims, config, quiet, expected=expected * 2)
     # A build runs the plan of the GPU that is here and compares it with the module.
     done = build_tensorrt(file, graph, tmp_path, replace(config, run=True), quiet)
-    assert done.files == ("tiny.sm89.rtx.plan",) and set(done.errors) == {"same", "float32"}
+    assert done.files == ("tiny.sm89.rtx.plan",) and done.facts["ran"] == done.files[0]
+    assert done.errors == {"same": 0.0, "float32": 0.0, "module": 0.0}
+    with monkeypatch.context() as patched:
+        patched.setattr("gen3r_export.onnx_check.measure", lambda *_: {"float32": 1.0, "module": 0})
+        told: list[str] = []
+        _, errors, text = tensorrt._run(graph, tmp_path, done.files, config, told.append)
+    assert errors["float32"] == 1 and "on this GPU: wrong, it differs from float32" in text
+    assert told == [f"tiny: {text}"]
     other = replace(config, capabilities=("80",))
     done = build_tensorrt(file, graph, tmp_path, other, quiet)
     assert done.checked["run"] == "not run: no plan for this GPU's capability 8.9"

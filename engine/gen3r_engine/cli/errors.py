@@ -26,6 +26,20 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def plan_errors() -> Iterator[None]:
+    """A scene that an exported plan made fail is told in one line; other failures stay errors."""
+    from gen3r_engine.events import SceneError
+    from gen3r_engine.planned import PlanError
+
+    try:
+        yield
+    except SceneError as error:
+        if not isinstance(error.__cause__, PlanError):
+            raise
+        raise UsageError(str(error), code=1) from error
+
+
+@contextlib.contextmanager
 def user_input(
     where: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError), code: int = 2
 ) -> Iterator[None]:

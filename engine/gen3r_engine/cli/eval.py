@@ -44,6 +44,7 @@ ONLY = {  # flags that belong to some suites
     "json": ("nano", "yardstick"),
     "commit": ("nano", "yardstick"),
     **{name: ("paper",) for name in ("data", "split", "tasks", "stride", "lpips_net", "rows")},
+    "plans": ("paper",),  # the others run the model's own modules
 }
 
 

@@ -40,6 +40,8 @@ OF_EXPORT = (
     *("capabilities", "workspace_gib", "working_gib", "refit", "timing_cache", "device", "opset"),
 )
 
+OF_TENSORRT = ("capabilities", "workspace_gib", "refit", "timing_cache")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `export`."""
@@ -106,6 +108,7 @@ def main(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     if args.out is None:
         raise UsageError("no folder to export into; give --out DIR")
+    _refuse_others(args)
     config = export_config(args)
     from safetensors import SafetensorError
 
@@ -124,6 +127,21 @@ def _export(args: argparse.Namespace) -> int:
     for graph, reason in done.failed.items():
         note(f"{graph} was not exported: {reason}")
     return 1 if done.failed else 0
+
+
+def _refuse_others(args: argparse.Namespace) -> None:
+    """UsageError for a flag that the format does not read."""
+    format = args.format or "onnx"
+    idle = OF_TENSORRT if format != "tensorrt" else ()
+    if format == "aoti":
+        idle = (*idle, "opset")
+    elif args.device == "cuda":
+        idle = (*idle, "device")
+    for name in idle:
+        if getattr(args, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no meaning for format {format}; leave it out"
+            )
 
 
 def export_config(args: argparse.Namespace) -> ExportConfig:

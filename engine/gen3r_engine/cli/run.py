@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gen3r.folders import check_writable
-from gen3r_engine.cli.errors import UsageError, user_input
+from gen3r_engine.cli.errors import UsageError, plan_errors, user_input
 from gen3r_engine.cli.model import (
     add_model_arguments,
     engine_config,
@@ -216,7 +216,7 @@ class _Job:
                     on_event=lambda event: self._show(progress, event),
                 )
             try:
-                with contextlib.closing(scenes):
+                with plan_errors(), contextlib.closing(scenes):
                     for scene in scenes:
                         writer.submit(self._write, scene, progress, writer)
             except OutOfMemory as error:

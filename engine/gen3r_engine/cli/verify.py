@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gen3r_engine.cli.errors import UsageError, user_input
+from gen3r_engine.cli.errors import UsageError, plan_errors, user_input
 from gen3r_engine.cli.files import check_file, write_file
 from gen3r_engine.cli.model import add_model_arguments, engine_config, model_defaults
 from gen3r_engine.cli.progress import StageProgress, note
@@ -67,6 +67,8 @@ def main(args: argparse.Namespace) -> int:
     if args.guidance is not None and not 0 <= args.guidance < float("inf"):
         raise UsageError(f"--guidance {args.guidance} is out of range; use 5 (1 turns it off)")
     _check_clips(args)
+    if args.yardstick and args.plans is not None:
+        raise UsageError("--yardstick runs the model's own modules; leave --plans out, or it")
     check_file("--json", args.json)
     config = engine_config(args)
     with user_input():
@@ -78,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 
     note("made twice, in the preset and plainly: this takes more than twice a scene's time")
     try:
-        with user_input(kinds=(ValueError, OSError, SafetensorError)):
+        with user_input(kinds=(ValueError, OSError, SafetensorError)), plan_errors():
             found = verify(
                 args.pretrained_model_name_or_path,
                 config,
@@ -86,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
                 steps=args.steps,
                 guidance=args.guidance,
                 reference_dtype=args.reference_dtype,
+                tell_plans=note,
             )
     except OutOfMemory as error:
         raise UsageError(str(error), code=1) from error

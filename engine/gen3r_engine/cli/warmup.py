@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from gen3r_engine.cli.errors import UsageError, user_input
+from gen3r_engine.cli.errors import UsageError, plan_errors, user_input
 from gen3r_engine.cli.model import add_model_arguments, engine_config, load_engine, model_defaults
 from gen3r_engine.cli.requests import parse_size
 
@@ -40,12 +40,13 @@ def main(args: argparse.Namespace) -> int:
     engine = load_engine(args.pretrained_model_name_or_path, config)
     loaded = time.perf_counter() - start
     try:
-        with user_input():
+        with user_input(), plan_errors():
             seconds = engine.warm_up(frames, pixels, args.batch)
     except OutOfMemory as error:
         raise UsageError(str(error), code=1) from error
     shape = (frames, *pixels, args.batch)
-    state = engine.warmth.before(shape)
+    planned = engine.plans is not None and engine.plans.choose(*shape, True).denoiser is not None
+    state = "none" if planned else engine.warmth.before(shape)
     print(f"shape:   {frames} frames of {pixels[0]} x {pixels[1]}, {args.batch} at once")
     print(f"load:    {loaded:.1f} s")
     print(f"step:    {seconds['first']:.1f} s the first time, then {seconds['step']:.2f} s")

@@ -115,8 +115,9 @@ class _Evaluation:
         """All that the figures of a scene depend on, but for the scene and the task."""
         from gen3r_engine.evaluation.record import weights_digest
 
-        options, choice = self.options, self.engine.choice
+        options, choice, plans = self.options, self.engine.choice, self.engine.plans
         return {
+            **({} if plans is None else {"plans": plans.folders}),
             "model": options.model,
             "weights": weights_digest(self.engine.pipeline),
             "text_encoder": self.engine.model.fingerprint[:16],

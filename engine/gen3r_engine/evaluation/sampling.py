@@ -52,7 +52,7 @@ class Sampler:
 
     Raises
     ------
-    ValueError : a batch below 1, an unknown solver, no steps.
+    ValueError : a batch below 1, an unknown solver, no steps, an engine with plans.
     """
 
     engine: Engine
@@ -65,6 +65,10 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch {self.batch} is below 1; use 1 or more")
+        if self.engine.plans is not None:
+            raise ValueError(
+                "a Sampler runs the model's own modules; load its engine without plans"
+            )
         pipeline = self.engine.pipeline
         self._schedule: Schedule = make_schedule(self.solver, self.steps, euler=pipeline.scheduler)
         own = pipeline.config.guidance_scale
