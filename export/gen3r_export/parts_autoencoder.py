@@ -67,6 +67,16 @@ class Clip(nn.Module):
         return tuple(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
 
 
+def _shapes_of(module: nn.Module, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """What a module gives for an input of this size, without values: nothing is computed."""
+    tensors = {name: p.to("meta") for name, p in module.named_parameters()}
+    dtype = next(iter(tensors.values())).dtype
+    with torch.no_grad():
+        blank = torch.empty(size, dtype=dtype, device="meta")
+        found = torch.func.functional_call(module, tensors, (blank,))
+    return tuple(found)
+
+
 class _Side:
     """One direction of one autoencoder: its names, shapes, and how its graphs are made.
 
@@ -160,8 +170,7 @@ class _Side:
         def fresh(lengths: Mapping[str, int]) -> tuple[Tensor, ...]:
             return (self.draw(x.sizes(lengths)[0], 1),)
 
-        with torch.no_grad():
-            kept = first(self.draw(1, 1))[len(results) :]
+        kept = _shapes_of(first, x.sizes({name: 1 for name in request.dims}))[len(results) :]
         caches = [
             request.spec(f"cache_{i}", request.batch, *c.shape[1:]) for i, c in enumerate(kept)
         ]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from gen3r_export.graph import Graph, TensorSpec
+from gen3r_export.graph import DTYPES, Graph, TensorSpec
 
 LEAST_MOST = 4  # of the lengths that an axis is traced for
 
@@ -29,16 +29,18 @@ class Flat(nn.Module):
 def trace(graph: Graph, *, keep_memory: bool = False) -> ExportedProgram:
     """The graph as an ExportedProgram; its axes are dynamic where the specs name them.
 
-    keep_memory : inputs in the memory order of the graph's examples; contiguous otherwise.
+    keep_memory : inputs in the memory order of the graph's examples; contiguous zeros otherwise.
 
     Raises
     ------
     ValueError : the module cannot be traced with these axes.
     """
     lengths = trace_lengths(graph)
-    # Tensors of their own: of a view, the axes of what it is a view of would be traced too.
-    memory = torch.preserve_format if keep_memory else torch.contiguous_format
-    examples = tuple(x.clone(memory_format=memory) for x in graph.example(lengths))
+    if keep_memory:
+        # Tensors of their own: of a view, the axes of what it is a view of would be traced too.
+        examples = tuple(x.clone() for x in graph.example(lengths))
+    else:
+        examples = blank_inputs(graph, lengths)
     shapes = (tuple(dynamic_axes(graph)),) if graph.dims else None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export on its own calls
@@ -50,6 +52,16 @@ def trace(graph: Graph, *, keep_memory: bool = False) -> ExportedProgram:
             raise ValueError(
                 f"{graph.name} cannot be traced at {lengths}: {first_line(error)}"
             ) from error
+
+
+def blank_inputs(graph: Graph, lengths: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """Zeros of the inputs' shapes: tracing reads no values, and examples may take minutes."""
+    weights = next(graph.module.parameters(), None)
+    device = torch.device("cpu") if weights is None else weights.device
+    return tuple(
+        torch.zeros(spec.sizes(lengths), dtype=DTYPES[spec.dtype], device=device)
+        for spec in graph.inputs
+    )
 
 
 def first_line(error: Exception) -> str:

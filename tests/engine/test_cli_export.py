@@ -80,7 +80,10 @@ def test_flags_reach_the_config() -> None:
         ("--out x --frames 6", "frames 6 is not 4 k + 1; use 5 or 9"),
         ("--out x --frames 5:x", "--frames 5:x is no number and no range such as 1:4"),
         ("--out x --batch 4:1", "batch 4:1 must be 1 or more and must not fall"),
-        ("--out x --capabilities 8.9", "compute capability '8.9' is not a number such as 89"),
+        (
+            "--out x --format tensorrt --capabilities 8.9",
+            "compute capability '8.9' is not a number such as 89",
+        ),
         ("--list --check x", "--list and --check do not go together; give one of them"),
         ("--check x --format onnx", "--format belongs to an export, not to --check; leave it out"),
         ("--list --no-run", "--no-run belongs to an export, not to --list"),
