@@ -45,9 +45,10 @@ demo: $(STAMP)
 	$(OPENMP) $(VENV)/bin/gen3r-engine run --frame_path examples/1view/photo.jpg \
 	  --prompts examples/1view/prompts.txt --cameras arc_left --output_dir $(OUTPUTS)
 
-# A process a core with one thread each; files stay whole, as some start processes of their own.
+# A process a core with one thread each; files stay whole, as some start processes of their own, and
+# in their order: those with the fewest tests, which would come last, take longest.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -22,8 +22,8 @@ from tests.export.conftest import OnnxFile, shallow_graph, shallow_pipeline
 # All graphs of NANO are exported for test_nano_onnx, with static axes. These have the dynamic ones:
 # every derived axis, caches, masks, tables that follow the clip, chunks of one frame.
 DYNAMIC = (
-    *("text_encoder", "image_encoder", "point_head"),
-    *("vae_decoder_first", "vae_decoder_next", "adapter_encoder_next"),
+    *("text_encoder", "image_encoder"),
+    *("vae_decoder_first", "vae_decoder_next"),
     *("denoiser_prepare", "denoiser_step"),
 )
 Files = Callable[..., OnnxFile]
